@@ -1,0 +1,158 @@
+"""Django settings: environment variables are read here and nowhere else on this side.
+
+Every `TOLLBOOK_*` variable is documented in `deploy/README.md` (a test compares).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import environ
+from django.core.exceptions import ImproperlyConfigured
+
+BASE_DIR = Path(__file__).resolve().parent.parent.parent
+env = environ.Env()
+
+DATA_DIR = Path(os.environ.get("TOLLBOOK_DATA_DIR", BASE_DIR / ".tollbook"))
+DEBUG = env.bool("TOLLBOOK_DEBUG", default=False)
+
+# Commands that run before anything is configured: they start the servers, or need none.
+WITHOUT_SERVERS = {
+    "up",
+    "status",
+    "demo",
+    "makemigrations",
+    "help",
+    "--help",
+    "version",
+    "--version",
+    "collectstatic",
+}
+_command = sys.argv[1] if len(sys.argv) > 1 and Path(sys.argv[0]).name == "manage.py" else ""
+_needs_servers = bool(_command) and _command not in WITHOUT_SERVERS and "--help" not in sys.argv
+
+
+def _read_required(name: str, purpose: str) -> str:
+    value = os.environ.get(name, "")
+    if not value and _needs_servers:
+        raise ImproperlyConfigured(
+            f"{name} is not set ({purpose}). Start the embedded system with `manage.py up`, "
+            f"or set {name} as described in deploy/README.md."
+        )
+    return value
+
+
+SECRET_KEY = _read_required("TOLLBOOK_SECRET_KEY", "signs sessions") or "unconfigured-" + os.urandom(16).hex()
+API_KEY_PEPPER = _read_required("TOLLBOOK_API_KEY_PEPPER", "keys the hashes of API keys").encode()
+
+# Migrations run as the owner of the tables; the program itself owns none.
+_database_url = _read_required("TOLLBOOK_DATABASE_URL", "the PostgreSQL database")
+if _command == "migrate":
+    _database_url = os.environ.get("TOLLBOOK_OWNER_DATABASE_URL") or _database_url
+DATABASES = {
+    "default": {
+        **(
+            environ.Env.db_url_config(_database_url)
+            if _database_url
+            else {"ENGINE": "django.db.backends.postgresql"}
+        ),
+        "CONN_HEALTH_CHECKS": True,
+        "CONN_MAX_AGE": 60,
+        "OPTIONS": {"application_name": f"tollbook {_command or 'web'}"[:63]},
+    }
+}
+REDIS_URL = _read_required("TOLLBOOK_REDIS_URL", "the Redis-protocol server")
+
+INSTALLED_APPS = [
+    "unfold",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.humanize",
+    "django.contrib.messages",
+    "django.contrib.postgres",
+    "django.contrib.sessions",
+    "django.contrib.staticfiles",
+    "pgtrigger",
+    "rest_framework",
+    "drf_spectacular",
+    "metering",
+    "billing",
+]
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+ROOT_URLCONF = "billing.config.urls"
+WSGI_APPLICATION = "billing.config.wsgi.application"
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "billing" / "admin" / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ],
+        },
+    }
+]
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 12}},
+    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
+]
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+LANGUAGE_CODE = "en-us"
+TIME_ZONE = "UTC"
+USE_TZ = True
+
+STATIC_URL = "static/"
+STATIC_ROOT = DATA_DIR / "static"
+WHITENOISE_USE_FINDERS = True
+
+ALLOWED_HOSTS = env.list("TOLLBOOK_ALLOWED_HOSTS", default=["127.0.0.1", "localhost"])
+CSRF_TRUSTED_ORIGINS = env.list("TOLLBOOK_TRUSTED_ORIGINS", default=[])
+IS_HTTPS = env.bool("TOLLBOOK_HTTPS", default=False)
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = IS_HTTPS
+SECURE_HSTS_SECONDS = 31_536_000 if IS_HTTPS else 0
+SECURE_CONTENT_TYPE_NOSNIFF = True
+X_FRAME_OPTIONS = "DENY"
+DATA_UPLOAD_MAX_MEMORY_SIZE = 10 * 1024 * 1024
+
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": ["rest_framework.authentication.SessionAuthentication"],
+    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAdminUser"],
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "COERCE_DECIMAL_TO_STRING": True,
+}
+SPECTACULAR_SETTINGS = {"TITLE": "Tollbook", "VERSION": "1", "SERVE_INCLUDE_SCHEMA": False}
+
+CELERY_BROKER_URL = REDIS_URL
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_ACKS_LATE = True
+CELERY_TASK_REJECT_ON_WORKER_LOST = True
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+CELERY_TASK_TIME_LIMIT = 600
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_TIMEZONE = "UTC"
+
+GATEWAY_URL = env.str("TOLLBOOK_GATEWAY_URL", default="")
+SANDBOX_URL = env.str("TOLLBOOK_SANDBOX_URL", default="")
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": env.str("TOLLBOOK_LOG_LEVEL", default="WARNING")},
+}

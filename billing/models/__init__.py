@@ -1,0 +1,42 @@
+"""Tables of the control plane, one file per family. Import them from here."""
+
+from billing.models.agreements import Agreement, AgreementVersion
+from billing.models.audit import AuditRecord
+from billing.models.catalog import LanguageModel, ServedModel, Upstream
+from billing.models.closing import CloseStep, SettlementPeriod
+from billing.models.invoices import Invoice, InvoiceLine, InvoiceSeries
+from billing.models.ledger import Book, JournalEntry, JournalKey, LedgerAccount, Posting
+from billing.models.parties import ApiKey, Party, Provider, Tenant
+from billing.models.payables import Payable, Statement, StatementLine
+from billing.models.pricing import Contract, ExchangeRate, PriceBook, Rate, RateCard
+
+__all__ = [
+    "Agreement",
+    "AgreementVersion",
+    "ApiKey",
+    "AuditRecord",
+    "Book",
+    "CloseStep",
+    "Contract",
+    "ExchangeRate",
+    "Invoice",
+    "InvoiceLine",
+    "InvoiceSeries",
+    "JournalEntry",
+    "JournalKey",
+    "LanguageModel",
+    "LedgerAccount",
+    "Party",
+    "Payable",
+    "Posting",
+    "PriceBook",
+    "Provider",
+    "Rate",
+    "RateCard",
+    "ServedModel",
+    "SettlementPeriod",
+    "Statement",
+    "StatementLine",
+    "Tenant",
+    "Upstream",
+]
