@@ -70,7 +70,7 @@ class UpstreamRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One provider's deployment of a served model. Lower `priority` goes first; `weight` splits within one.
 
     `credential_env` names the environment variable with the provider's key; the key is never in the snapshot.
-    `on_client_abort` is "abort" or "drain".
+    `on_client_abort` is "abort" or "drain". `slug` names it in imports and reports.
     """
 
     upstream_id: int
@@ -88,6 +88,7 @@ class UpstreamRecord(msgspec.Struct, frozen=True, kw_only=True):
     has_continuous_usage: bool = False
     on_client_abort: str = "abort"
     is_active: bool = True
+    slug: str = ""
 
 
 class PriceRecord(msgspec.Struct, frozen=True, kw_only=True):
