@@ -1,0 +1,27 @@
+"""Provider kinds: one module each, looked up by name."""
+
+from __future__ import annotations
+
+from gateway.providers.base import Provider, UnknownProviderKindError
+from gateway.providers.openai_compatible import OpenAICompatible
+from gateway.providers.sandbox import Sandbox
+from gateway.providers.vllm import Vllm
+
+_PROVIDERS: dict[str, Provider] = {
+    provider.kind: provider for provider in (OpenAICompatible(), Vllm(), Sandbox())
+}
+
+
+def get_provider(kind: str) -> Provider:
+    """Return the provider of a kind; raises UnknownProviderKindError, which names the known ones."""
+    provider = _PROVIDERS.get(kind)
+    if provider is None:
+        raise UnknownProviderKindError(
+            f"unknown provider kind {kind!r}; known: {', '.join(list_provider_kinds())}"
+        )
+    return provider
+
+
+def list_provider_kinds() -> list[str]:
+    """Return the kinds that an upstream may name, sorted."""
+    return sorted(_PROVIDERS)

@@ -1,0 +1,194 @@
+"""The seam between the relay and a provider: what goes in, what comes out, and the two protocols.
+
+A provider kind is one module of this package with one class of this shape; `get_provider` finds it by name.
+The relay never looks into a provider's payload and a provider never does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gateway.contract.catalog_snapshot import UpstreamRecord
+from gateway.contract.token_kind import UsageSource
+
+
+class ProviderError(Exception):
+    """Root of this package's errors; each has a stable `code`.
+
+    ProviderError
+    ├── UnknownProviderKindError    no module has this kind: a mistake in the catalog
+    └── UnsupportedCallError        this kind cannot serve this call: another upstream may
+    """
+
+    code = "provider_error"
+
+
+class UnknownProviderKindError(ProviderError):
+    """No provider module has this kind."""
+
+    code = "unknown_provider_kind"
+
+
+class UnsupportedCallError(ProviderError):
+    """The provider has no such endpoint or cannot express the request (HTTP 400 for the tenant)."""
+
+    code = "unsupported_call"
+
+
+@dataclass(frozen=True, slots=True)
+class CallRequest:
+    """A tenant's call. `headers` are already filtered: only what may be forwarded."""
+
+    endpoint: str
+    body: bytes
+    json: dict[str, Any]
+    streamed: bool
+    client_asked_usage: bool
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def client_asked_continuous_usage(self) -> bool:
+        """Whether the client itself asked for usage on every chunk (a vLLM extension)."""
+        options = self.json.get("stream_options")
+        return isinstance(options, dict) and options.get("continuous_usage_stats") is True
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """What goes over the wire. `path` includes the path of the base URL and the query.
+
+    `headers` are without host, content-length and connection: the HTTP connection adds those.
+    """
+
+    method: str
+    path: str
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedUsage:
+    """Believable usage, in tokens, inclusive: input includes cached and cache writes, output includes reasoning."""
+
+    input_tokens: int
+    output_tokens: int
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    source: UsageSource = UsageSource.PROVIDER_FINAL
+
+
+@dataclass(frozen=True, slots=True)
+class EmittedChoice:
+    """The text of one choice. `tool_calls` are (function name, arguments as JSON text)."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[tuple[str, str], ...] = ()
+    finish_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EmittedText:
+    """What an answer said, for our own count. `is_truncated`: longer than is kept, so it cannot be counted."""
+
+    choices: tuple[EmittedChoice, ...] = ()
+    is_truncated: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no choice has any text."""
+        return not any(choice.content or choice.reasoning or choice.tool_calls for choice in self.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamFailure:
+    """A failed attempt as the tenant may see it: no secret and no address of the upstream is in `message`.
+
+    `is_retryable`: another upstream may be tried, as long as no byte has gone to the client.
+    """
+
+    status: int
+    code: str
+    type: str
+    message: str
+    is_retryable: bool
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """What a finished (or cut) answer says.
+
+    `usage` None: nothing believable was reported, so count or quarantine. `finish_reason` "" when not seen.
+    `error`: a failure inside HTTP 200. `is_complete`: the end was seen as the protocol wants it.
+    `emitted` parses on demand. `client_body`: the body for the client where the provider's own shape is
+    not OpenAI's; None means the bytes as received.
+    """
+
+    usage: ReportedUsage | None
+    finish_reason: str
+    provider_request_id: str
+    error: UpstreamFailure | None
+    is_complete: bool
+    emitted: Callable[[], EmittedText]
+    client_body: bytes | None = None
+
+
+class StreamMeter(Protocol):
+    """Reads one streamed answer on its way to the client. Never raises on what an upstream sends.
+
+    `last_usage` is the running count, for the lease. `is_done`: nothing more will come for the client; settle
+    now, then write `data: [DONE]` or, where `finish().error` is set or the result is not complete, an error frame.
+    """
+
+    last_usage: ReportedUsage | None
+    is_done: bool
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the bytes for the client now: whole frames, unchanged, minus usage that it did not ask for.
+
+        Held back: the terminal `data: [DONE]` and error frames (they are `finish().error`, normalised).
+        """
+        ...
+
+    def finish(self) -> CallResult:
+        """Return what was seen. Call once, on the end, on an abort or when the upstream died."""
+        ...
+
+
+class Provider(Protocol):
+    """One kind of upstream. Stateless: one object serves all calls.
+
+    `call`, where it is passed to the two readers, gives them what the request asked for: whether continuous
+    usage was the client's own wish, the number of choices, and the model's name for translated answers.
+    """
+
+    kind: str
+
+    def build_request(self, call: CallRequest, upstream: UpstreamRecord, credential: str) -> UpstreamRequest:
+        """Return the request to send; raises UnsupportedCallError. `credential` "" means no authentication."""
+        ...
+
+    def parse_response(
+        self,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        context_tokens_max: int,
+        call: CallRequest | None = None,
+    ) -> CallResult:
+        """Read the whole body of a non-streamed HTTP 200. `headers` have lower-case names."""
+        ...
+
+    def open_stream(
+        self, *, client_asked_usage: bool, context_tokens_max: int, call: CallRequest | None = None
+    ) -> StreamMeter:
+        """Return the meter of one streamed HTTP 200."""
+        ...
+
+    def classify_error(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFailure:
+        """Turn any answer that is not HTTP 200 into the failure that the tenant sees."""
+        ...

@@ -1,0 +1,251 @@
+"""The meter of an OpenAI-shaped stream: passes bytes through, reads usage, hides what the client did not ask for.
+
+The hot path is a read of whole frames that carry only text: a few byte searches, and the bytes go on as they
+are. JSON is parsed only in frames that can carry usage, an error or a finish reason.
+
+How usage is merged (reference: `providers/README.md`):
+
+| where it is seen | meaning |
+|---|---|
+| a chunk with `choices: []` | the whole call; the last one wins (vLLM repeats it with `cached_tokens`) |
+| the same, `sums_final_usage` | one choice each: summed (llama-server, n > 1) |
+| a chunk with choices | running count of those choices: the last of each choice, summed over choices |
+| anything followed by more text | stale: it covers only a part, so it is not used (our own count is) |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from gateway.contract.token_kind import UsageSource
+from gateway.providers.base import CallRequest, CallResult, ReportedUsage, UpstreamFailure
+from gateway.providers.transcript import Transcript, parse_json
+from gateway.providers.upstream_errors import build_invalid_answer, classify_body
+from gateway.sse import FrameSplitter, FrameTooLargeError, build_frame, get_frame_data
+from gateway.token_usage import get_choices_count, mark_source, read_openai_usage
+
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def needs_parsing(data: bytes) -> bool:
+    """Return whether the data of one or more frames can carry usage, an error, a finish reason or the end.
+
+    Quotes inside JSON strings are escaped, so `"usage"` with bare quotes is a member name or a whole string.
+    """
+    return (
+        (
+            b'"usage"' in data
+            and data.count(b'"usage"') != data.count(b'"usage":null') + data.count(b'"usage": null')
+        )
+        or data.count(b'"finish_reason"')
+        != data.count(b'"finish_reason":null') + data.count(b'"finish_reason": null')
+        or b'"error' in data
+        or b"[DONE]" in data
+    )
+
+
+def is_plain(data: bytes) -> bool:
+    """Return whether `data` is whole frames of a single `data:` line each, with LF line ends."""
+    return (
+        data.endswith(b"\n\n")
+        and data.startswith(b"data:")
+        and data.count(b"\n") == 2 * data.count(b"\n\ndata:") + 2
+    )
+
+
+def drop_stateful_lines(frame: bytes) -> bytes:
+    """Return the frame without `id`, `retry` and `event` lines: the official Python client dies of them.
+
+    Everything else keeps its bytes (reference: gateway-lessons, 5.3).
+    """
+    lines = frame.splitlines(keepends=True)
+    return b"".join(line for line in lines if line.startswith((b"data:", b":")) or not line.strip())
+
+
+class OpenAIStreamMeter:
+    """Implements StreamMeter for `data: {chunk}` streams that end with `data: [DONE]`."""
+
+    __slots__ = (
+        "_asked_continuous",
+        "_asked_usage",
+        "_by_choice",
+        "_choices_count",
+        "_context_tokens_max",
+        "_error",
+        "_final",
+        "_finish_reason",
+        "_finished_with_usage",
+        "_has_end",
+        "_has_started",
+        "_is_continuous",
+        "_request_id",
+        "_splitter",
+        "_sums_final_usage",
+        "_transcript",
+        "is_done",
+        "last_usage",
+    )
+
+    def __init__(
+        self,
+        *,
+        client_asked_usage: bool,
+        context_tokens_max: int,
+        call: CallRequest | None = None,
+        sums_final_usage: bool = False,
+    ) -> None:
+        self.last_usage: ReportedUsage | None = None
+        self.is_done = False
+        self._asked_usage = client_asked_usage
+        self._asked_continuous = call is not None and call.client_asked_continuous_usage
+        self._choices_count = get_choices_count(call)
+        self._context_tokens_max = context_tokens_max
+        self._sums_final_usage = sums_final_usage
+        self._splitter = FrameSplitter()
+        self._transcript = Transcript()
+        self._final: ReportedUsage | None = None
+        self._by_choice: dict[int, ReportedUsage] = {}
+        self._finished_with_usage = False
+        self._is_continuous = False
+        self._has_end = False
+        self._has_started = False
+        self._error: UpstreamFailure | None = None
+        self._finish_reason = ""
+        self._request_id = ""
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the bytes for the client now; see StreamMeter."""
+        if self.is_done:
+            return b""
+        if self._has_started and not self._splitter.pending and is_plain(data) and not needs_parsing(data):
+            self._transcript.add_frames(data)
+            return data
+        try:
+            frames = self._splitter.split(data)
+        except FrameTooLargeError as error:
+            self._fail(build_invalid_answer(str(error)))
+            return b""
+        relayed = []
+        for frame in frames:
+            relayed.append(self._take(frame))
+            if self.is_done:
+                break
+        return b"".join(relayed)
+
+    def finish(self) -> CallResult:
+        """Return what was seen; see StreamMeter."""
+        if self._splitter.pending and not self.is_done:
+            # An error may come as a bare JSON line at the end, without a blank line or even `data:`.
+            tail = self._splitter.pending
+            failure = classify_body(parse_json(get_frame_data(tail + b"\n\n") or tail.strip()))
+            if failure is not None:
+                self._fail(failure)
+        return CallResult(
+            usage=self._settle_usage(),
+            finish_reason=self._finish_reason,
+            provider_request_id=self._request_id,
+            error=self._error,
+            is_complete=self._has_end and self._error is None,
+            emitted=self._transcript.build_emitted,
+        )
+
+    def _take(self, frame: bytes) -> bytes:
+        """Take in one frame and return what the client gets of it."""
+        data = get_frame_data(frame)
+        if data == b"[DONE]":
+            self._has_end = self.is_done = True
+            return b""
+        if not is_plain(frame):
+            frame = drop_stateful_lines(frame)
+        if data is None:
+            return frame
+        if self._has_started and not needs_parsing(data):
+            self._transcript.add_frames(frame)
+            return frame
+        chunk = parse_json(data)
+        if not isinstance(chunk, dict):
+            self._transcript.add_frames(frame)
+            return frame
+        failure = classify_body(chunk)
+        if failure is not None:
+            self._fail(failure)
+            return b""
+        return self._take_chunk(frame, data, chunk)
+
+    def _take_chunk(self, frame: bytes, data: bytes, chunk: dict[str, Any]) -> bytes:
+        if not self._has_started:
+            self._has_started = True
+            identity = chunk.get("id")
+            self._request_id = identity if isinstance(identity, str) else ""
+        self._transcript.add_frames(frame)
+        choices = chunk.get("choices")
+        choices = (
+            [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+        )
+        has_finish = False
+        for choice in choices:
+            if isinstance(choice.get("finish_reason"), str):
+                has_finish = True
+                self._finish_reason = choice["finish_reason"]
+        usage = chunk.get("usage")
+        if usage is None:
+            return frame
+        self._take_usage(usage, choices, has_finish=has_finish)
+        if not choices:
+            return frame if self._asked_usage else b""
+        if self._asked_continuous or (self._asked_usage and has_finish and not self._is_continuous):
+            return frame
+        # OpenAI's contract: only the last chunk has usage, unless the client asked for it on each.
+        members = _decode_members(data)
+        members.pop("usage", None)
+        return build_frame(msgspec.json.encode(members))
+
+    def _take_usage(self, usage: Any, choices: list[dict[str, Any]], *, has_finish: bool) -> None:
+        reported = read_openai_usage(
+            usage, context_tokens_max=self._context_tokens_max, choices_count=self._choices_count
+        )
+        if choices and not has_finish:
+            self._is_continuous = True
+        if reported is None:
+            return
+        if not choices:
+            total = self._final
+            self._final = _add_choice(total, reported) if total and self._sums_final_usage else reported
+            self.last_usage = self._final
+        else:
+            for choice in choices:
+                index = choice.get("index", 0)
+                self._by_choice[index if type(index) is int else 0] = reported
+            self._finished_with_usage = has_finish
+            total = None
+            for part in self._by_choice.values():
+                total = part if total is None else _add_choice(total, part)
+            self.last_usage = total
+        self._transcript.mark()
+
+    def _settle_usage(self) -> ReportedUsage | None:
+        """Return the usage that covers all that was relayed, or None."""
+        if self.last_usage is None or self._transcript.has_text_since_mark():
+            return None
+        usage = self.last_usage
+        if usage.output_tokens == 0 and not self._transcript.build_emitted().is_empty:
+            return None
+        is_final = self._has_end and (self._final is not None or self._finished_with_usage)
+        return mark_source(usage, UsageSource.PROVIDER_FINAL if is_final else UsageSource.PROVIDER_PARTIAL)
+
+    def _fail(self, failure: UpstreamFailure) -> None:
+        self._error = failure
+        self.is_done = True
+
+
+def _add_choice(total: ReportedUsage, part: ReportedUsage) -> ReportedUsage:
+    """Return the usage of several choices of one call: the prompt was read once, the outputs add up."""
+    return ReportedUsage(
+        input_tokens=max(total.input_tokens, part.input_tokens),
+        output_tokens=total.output_tokens + part.output_tokens,
+        cached_input_tokens=max(total.cached_input_tokens, part.cached_input_tokens),
+        cache_write_tokens=max(total.cache_write_tokens, part.cache_write_tokens),
+        reasoning_tokens=total.reasoning_tokens + part.reasoning_tokens,
+    )

@@ -1,0 +1,166 @@
+"""The text of a streamed answer, kept for our own count and parsed only when it is needed.
+
+Most streams end with believable usage and are never parsed. So frames are kept raw, and only when more than
+PENDING_BYTES_MAX of them have gathered are they turned into text: a frame takes about 250 bytes for 4 of text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from gateway.providers.base import EmittedChoice, EmittedText
+from gateway.sse import FrameSplitter, get_frame_data
+
+PENDING_BYTES_MAX = 64 * 1024
+TEXT_CHARACTERS_MAX = 4 * 1024 * 1024
+CHOICES_MAX = 128
+
+
+class _ChoiceText:
+    """What one choice has said so far."""
+
+    __slots__ = ("content", "finish_reason", "reasoning", "tool_calls")
+
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.tool_calls: dict[int, tuple[list[str], list[str]]] = {}
+        self.finish_reason = ""
+
+    def add(self, choice: dict[str, Any]) -> int:
+        """Take in one choice of a chunk or of a whole answer; return the number of characters added."""
+        part = choice.get("delta") or choice.get("message") or choice
+        if not isinstance(part, dict):
+            return 0
+        added = 0
+        for texts, value in (
+            (self.content, part.get("content")),
+            (self.content, part.get("text")),
+            (self.content, part.get("refusal")),
+            (self.reasoning, part.get("reasoning_content") or part.get("reasoning")),
+        ):
+            if isinstance(value, str) and value:
+                texts.append(value)
+                added += len(value)
+        calls = part.get("tool_calls")
+        if isinstance(calls, list):
+            added += sum(self._add_tool_call(call, position) for position, call in enumerate(calls))
+        if isinstance(choice.get("finish_reason"), str):
+            self.finish_reason = choice["finish_reason"]
+        return added
+
+    def _add_tool_call(self, call: Any, position: int) -> int:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            return 0
+        index = call.get("index", position)
+        names, arguments = self.tool_calls.setdefault(index if type(index) is int else position, ([], []))
+        added = 0
+        for texts, value in ((names, function.get("name")), (arguments, function.get("arguments"))):
+            if isinstance(value, str) and value:
+                texts.append(value)
+                added += len(value)
+        return added
+
+    def build(self) -> EmittedChoice:
+        return EmittedChoice(
+            content="".join(self.content),
+            reasoning="".join(self.reasoning),
+            tool_calls=tuple(
+                ("".join(name), "".join(text)) for _, (name, text) in sorted(self.tool_calls.items())
+            ),
+            finish_reason=self.finish_reason,
+        )
+
+
+class Transcript:
+    """Gathers relayed frames. `mark` remembers a place; `has_text_since_mark` tells whether text came after it."""
+
+    __slots__ = (
+        "_choices",
+        "_is_truncated",
+        "_mark",
+        "_pending",
+        "_pending_bytes",
+        "_text_characters",
+        "_text_since_mark",
+    )
+
+    def __init__(self) -> None:
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._choices: dict[int, _ChoiceText] = {}
+        self._text_characters = 0
+        self._is_truncated = False
+        self._mark = 0
+        self._text_since_mark = False
+
+    def add_frames(self, frames: bytes) -> None:
+        """Keep whole frames, one or several."""
+        self._pending.append(frames)
+        self._pending_bytes += len(frames)
+        if self._pending_bytes > PENDING_BYTES_MAX:
+            self._parse_pending()
+
+    def add_chunk(self, chunk: Any) -> None:
+        """Take in one parsed chunk, or one whole answer, of OpenAI's shape."""
+        choices = chunk.get("choices") if isinstance(chunk, dict) else None
+        if not isinstance(choices, list):
+            return
+        for position, choice in enumerate(choices[:CHOICES_MAX]):
+            if isinstance(choice, dict):
+                self._add_choice(choice, position)
+
+    def mark(self) -> None:
+        """Remember this place: everything before it is covered by the usage just seen."""
+        self._mark = len(self._pending)
+        self._text_since_mark = False
+
+    def has_text_since_mark(self) -> bool:
+        """Whether any text came after the last `mark` (or since the start)."""
+        if self._mark < len(self._pending):
+            self._parse_pending()
+        return self._text_since_mark
+
+    def build_emitted(self) -> EmittedText:
+        """Return all the text, by choice index."""
+        self._parse_pending()
+        choices = tuple(choice.build() for _, choice in sorted(self._choices.items()))
+        return EmittedText(choices=choices, is_truncated=self._is_truncated)
+
+    def _add_choice(self, choice: dict[str, Any], position: int) -> None:
+        index = choice.get("index", position)
+        if type(index) is not int or not 0 <= index < CHOICES_MAX:
+            index = position
+        if self._text_characters > TEXT_CHARACTERS_MAX:
+            self._is_truncated = True
+            return
+        added = self._choices.setdefault(index, _ChoiceText()).add(choice)
+        self._text_characters += added
+        if added:
+            self._text_since_mark = True
+
+    def _parse_pending(self) -> None:
+        pending, mark = self._pending, self._mark
+        self._pending, self._pending_bytes, self._mark = [], 0, 0
+        was_since_mark = self._text_since_mark
+        for position, frames in enumerate(pending):
+            if position == mark:
+                # Text found so far is older than the mark, unless an earlier parse already saw some after it.
+                self._text_since_mark = was_since_mark
+            for frame in FrameSplitter().split(frames):
+                self.add_chunk(parse_json(get_frame_data(frame)))
+        if mark >= len(pending):
+            self._text_since_mark = was_since_mark
+
+
+def parse_json(data: bytes | None) -> Any:
+    """Return the parsed JSON, or None where there is none or it is broken."""
+    if not data:
+        return None
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,104 @@
+"""Which reported usage is believable. What is not believable is counted by us or quarantined, never billed.
+
+The rules, with a public case of each (design/gateway, "Rules about what is billed"):
+
+| rule | why |
+|---|---|
+| counts are JSON integers, no bool, float, NaN or string | a NaN or "12" is a broken provider, not twelve tokens |
+| none is negative | accepted negative usage was a free top-up elsewhere (sub2api#2011, octopus#243) |
+| none exceeds TOKENS_MAX | sums of a month must stay far below 2^63 |
+| not all zero; input is not zero | Ollama puts {0,0,0} on every chunk before the last |
+| cached input and cache writes are inside input, reasoning is inside output | a part cannot exceed its whole |
+| input fits the context window; output fits it once for each choice asked for | the model cannot have read more |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from gateway.contract.token_kind import UsageSource
+from gateway.contract.usage_event import TOKENS_MAX
+from gateway.providers.base import CallRequest, ReportedUsage
+
+# OpenAI's own bound on `n`; a request that asks for more is refused upstream.
+_CHOICES_MAX = 128
+
+
+def believe_usage(
+    usage: ReportedUsage, *, context_tokens_max: int, choices_count: int
+) -> ReportedUsage | None:
+    """Return `usage` if it is believable (see the table above), else None.
+
+    `context_tokens_max` 0 means unknown, and so does `choices_count` 0: the bounds that need them are not checked.
+
+    >>> believe_usage(ReportedUsage(1200, 300), context_tokens_max=8192, choices_count=1) is not None
+    True
+    >>> believe_usage(ReportedUsage(0, 0), context_tokens_max=8192, choices_count=1) is None
+    True
+    """
+    counts = (
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_input_tokens,
+        usage.cache_write_tokens,
+        usage.reasoning_tokens,
+    )
+    # `type` and not `isinstance`: True is an int to Python, and not a number of tokens.
+    if any(type(count) is not int or not 0 <= count <= TOKENS_MAX for count in counts):
+        return None
+    if usage.input_tokens == 0:
+        return None
+    if usage.cached_input_tokens + usage.cache_write_tokens > usage.input_tokens:
+        return None
+    if usage.reasoning_tokens > usage.output_tokens:
+        return None
+    if context_tokens_max > 0:
+        if usage.input_tokens > context_tokens_max:
+            return None
+        if choices_count > 0 and usage.output_tokens > context_tokens_max * choices_count:
+            return None
+    return usage
+
+
+def read_openai_usage(usage: Any, *, context_tokens_max: int, choices_count: int = 0) -> ReportedUsage | None:
+    """Return the believable usage in an OpenAI-shaped `usage` member, or None.
+
+    Accepts missing and null details, and SGLang's `reasoning_tokens` at the top level. `completion_tokens` may
+    be missing (embeddings), but not null.
+    """
+    if not isinstance(usage, dict):
+        return None
+    input_details = usage.get("prompt_tokens_details") or {}
+    output_details = usage.get("completion_tokens_details") or {}
+    if not isinstance(input_details, dict) or not isinstance(output_details, dict):
+        return None
+    reasoning_tokens = output_details.get("reasoning_tokens")
+    if reasoning_tokens is None:
+        reasoning_tokens = usage.get("reasoning_tokens")
+    reported = ReportedUsage(
+        input_tokens=usage.get("prompt_tokens", 0),
+        output_tokens=usage.get("completion_tokens", 0),
+        cached_input_tokens=_zero_if_none(input_details.get("cached_tokens")),
+        cache_write_tokens=_zero_if_none(input_details.get("cache_write_tokens")),
+        reasoning_tokens=_zero_if_none(reasoning_tokens),
+    )
+    return believe_usage(reported, context_tokens_max=context_tokens_max, choices_count=choices_count)
+
+
+def get_choices_count(call: CallRequest | None) -> int:
+    """Return how many choices the upstream may generate and report: the larger of `n` and `best_of`; 0 if unknown."""
+    if call is None:
+        return 0
+    asked = [call.json.get(name) for name in ("n", "best_of")]
+    return min(_CHOICES_MAX, max([1, *(count for count in asked if type(count) is int)]))
+
+
+def mark_source(usage: ReportedUsage, source: UsageSource) -> ReportedUsage:
+    """Return the same counts with another source."""
+    return usage if usage.source is source else replace(usage, source=source)
+
+
+def _zero_if_none(value: Any) -> Any:
+    """Return 0 for a detail that a provider left out; any other value as it is, to be judged."""
+    return 0 if value is None else value
