@@ -64,8 +64,8 @@ class FrameSplitter:
 def get_frame_data(frame: bytes) -> bytes | None:
     """Return the data of a frame; None where it has no data line (a comment, a keepalive).
 
-    >>> get_frame_data(b'data: {"a":1}\\n\\n'), get_frame_data(b": ping\\n\\n"), get_frame_data(b"data:x\\r\\n\\r\\n")
-    (b'{"a":1}', None, b'x')
+    >>> get_frame_data(b"data: 1\\n\\n"), get_frame_data(b": ping\\n\\n"), get_frame_data(b"data:x\\r\\n\\r\\n")
+    (b'1', None, b'x')
     """
     if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and frame[-3] != 13:
         return frame[6:-2]

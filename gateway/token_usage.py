@@ -4,12 +4,12 @@ The rules, with a public case of each (design/gateway, "Rules about what is bill
 
 | rule | why |
 |---|---|
-| counts are JSON integers, no bool, float, NaN or string | a NaN or "12" is a broken provider, not twelve tokens |
+| counts are JSON integers: no bool, float, NaN, string | "12" is a broken provider, not twelve tokens |
 | none is negative | accepted negative usage was a free top-up elsewhere (sub2api#2011, octopus#243) |
 | none exceeds TOKENS_MAX | sums of a month must stay far below 2^63 |
 | not all zero; input is not zero | Ollama puts {0,0,0} on every chunk before the last |
-| cached input and cache writes are inside input, reasoning is inside output | a part cannot exceed its whole |
-| input fits the context window; output fits it once for each choice asked for | the model cannot have read more |
+| cached and cache writes are inside input, reasoning inside output | a part cannot exceed its whole |
+| input fits the context window, output fits it once for each choice | the model cannot do more |
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from gateway.providers.base import CallRequest, ReportedUsage
 _CHOICES_MAX = 128
 
 
-def believe_usage(
-    usage: ReportedUsage, *, context_tokens_max: int, choices_count: int
-) -> ReportedUsage | None:
+def believe_usage(usage: ReportedUsage, *, context_tokens_max: int, choices_count: int) -> ReportedUsage | None:
     """Return `usage` if it is believable (see the table above), else None.
 
-    `context_tokens_max` 0 means unknown, and so does `choices_count` 0: the bounds that need them are not checked.
+    0 means unknown for `context_tokens_max` and `choices_count`: the bounds that need them are not checked.
 
     >>> believe_usage(ReportedUsage(1200, 300), context_tokens_max=8192, choices_count=1) is not None
     True
@@ -64,8 +62,8 @@ def believe_usage(
 def read_openai_usage(usage: Any, *, context_tokens_max: int, choices_count: int = 0) -> ReportedUsage | None:
     """Return the believable usage in an OpenAI-shaped `usage` member, or None.
 
-    Accepts missing and null details, and SGLang's `reasoning_tokens` at the top level. `completion_tokens` may
-    be missing (embeddings), but not null.
+    Accepts missing and null details, and SGLang's `reasoning_tokens` at the top level. `completion_tokens`
+    may be missing (embeddings), but not null.
     """
     if not isinstance(usage, dict):
         return None
@@ -87,7 +85,7 @@ def read_openai_usage(usage: Any, *, context_tokens_max: int, choices_count: int
 
 
 def get_choices_count(call: CallRequest | None) -> int:
-    """Return how many choices the upstream may generate and report: the larger of `n` and `best_of`; 0 if unknown."""
+    """Return how many choices the upstream may generate: the larger of `n` and `best_of`; 0 if unknown."""
     if call is None:
         return 0
     asked = [call.json.get(name) for name in ("n", "best_of")]

@@ -7,18 +7,14 @@ from gateway.providers.openai_compatible import OpenAICompatible
 from gateway.providers.sandbox import Sandbox
 from gateway.providers.vllm import Vllm
 
-_PROVIDERS: dict[str, Provider] = {
-    provider.kind: provider for provider in (OpenAICompatible(), Vllm(), Sandbox())
-}
+_PROVIDERS: dict[str, Provider] = {provider.kind: provider for provider in (OpenAICompatible(), Vllm(), Sandbox())}
 
 
 def get_provider(kind: str) -> Provider:
     """Return the provider of a kind; raises UnknownProviderKindError, which names the known ones."""
     provider = _PROVIDERS.get(kind)
     if provider is None:
-        raise UnknownProviderKindError(
-            f"unknown provider kind {kind!r}; known: {', '.join(list_provider_kinds())}"
-        )
+        raise UnknownProviderKindError(f"unknown provider kind {kind!r}; known: {', '.join(list_provider_kinds())}")
     return provider
 
 

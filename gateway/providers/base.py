@@ -70,7 +70,10 @@ class UpstreamRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReportedUsage:
-    """Believable usage, in tokens, inclusive: input includes cached and cache writes, output includes reasoning."""
+    """Believable usage, in tokens and inclusive.
+
+    Input includes cached input and cache writes, output includes reasoning.
+    """
 
     input_tokens: int
     output_tokens: int
@@ -92,7 +95,7 @@ class EmittedChoice:
 
 @dataclass(frozen=True, slots=True)
 class EmittedText:
-    """What an answer said, for our own count. `is_truncated`: longer than is kept, so it cannot be counted."""
+    """What an answer said, for our own count. `is_truncated`: too long to be kept, so it is not countable."""
 
     choices: tuple[EmittedChoice, ...] = ()
     is_truncated: bool = False
@@ -140,8 +143,8 @@ class CallResult:
 class StreamMeter(Protocol):
     """Reads one streamed answer on its way to the client. Never raises on what an upstream sends.
 
-    `last_usage` is the running count, for the lease. `is_done`: nothing more will come for the client; settle
-    now, then write `data: [DONE]` or, where `finish().error` is set or the result is not complete, an error frame.
+    `last_usage` is the running count, for the lease. `is_done`: nothing more will come for the client, so settle
+    now, then write `data: [DONE]`, or an error frame where `finish().error` is set or the answer is not complete.
     """
 
     last_usage: ReportedUsage | None
@@ -169,7 +172,7 @@ class Provider(Protocol):
     kind: str
 
     def build_request(self, call: CallRequest, upstream: UpstreamRecord, credential: str) -> UpstreamRequest:
-        """Return the request to send; raises UnsupportedCallError. `credential` "" means no authentication."""
+        """Return the request to send; raises UnsupportedCallError. No authentication with `credential` ""."""
         ...
 
     def parse_response(

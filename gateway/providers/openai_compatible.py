@@ -1,6 +1,6 @@
 """Kind `openai_compatible`: any server that speaks OpenAI's API with a Bearer key.
 
-Serves Bailian's compatible mode, Qianfan v2, Hunyuan's compatible API, Azure AI inference, SGLang, TGI, Groq and more.
+Serves Bailian's compatible mode, Qianfan v2, Hunyuan's compatible API, SGLang, TGI, Groq and many more.
 Other kinds of the same shape derive from it and change one thing each.
 """
 
@@ -48,9 +48,7 @@ class OpenAICompatible:
         path = self.paths.get(call.endpoint)
         if path is None:
             raise UnsupportedCallError(f"{self.kind} upstreams do not serve {call.endpoint}")
-        headers = [
-            (name, value) for name, value in call.headers if name not in (b"content-type", b"authorization")
-        ]
+        headers = [(name, value) for name, value in call.headers if name not in (b"content-type", b"authorization")]
         headers.append((b"content-type", b"application/json"))
         headers.extend(self.build_credential_headers(credential))
         return UpstreamRequest("POST", join_path(upstream.base_url, path), headers, edit_body(call, upstream))
@@ -137,8 +135,8 @@ def join_path(base_url: str, path: str) -> str:
 def edit_body(call: CallRequest, upstream: UpstreamRecord) -> bytes:
     """Return the body with only what must change: `model`, and `stream_options` of a stream.
 
-    Members keep their bytes and order. A member that came twice is sent once, the last one, as it was parsed and
-    priced here: another parser might have taken the first.
+    Members keep their bytes and order. A member that came twice is sent once, the last one, as it was parsed
+    and priced here: another parser might have taken the first.
     """
     members: dict[str, Any] = _decode_members(call.body)
     members["model"] = upstream.provider_model

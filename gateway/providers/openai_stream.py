@@ -1,4 +1,4 @@
-"""The meter of an OpenAI-shaped stream: passes bytes through, reads usage, hides what the client did not ask for.
+"""The meter of an OpenAI-shaped stream: passes bytes through, reads usage, hides what nobody asked for.
 
 The hot path is a read of whole frames that carry only text: a few byte searches, and the bytes go on as they
 are. JSON is parsed only in frames that can carry usage, an error or a finish reason.
@@ -35,23 +35,21 @@ def needs_parsing(data: bytes) -> bool:
     Quotes inside JSON strings are escaped, so `"usage"` with bare quotes is a member name or a whole string.
     """
     return (
-        (
-            b'"usage"' in data
-            and data.count(b'"usage"') != data.count(b'"usage":null') + data.count(b'"usage": null')
-        )
-        or data.count(b'"finish_reason"')
-        != data.count(b'"finish_reason":null') + data.count(b'"finish_reason": null')
+        (b'"usage"' in data and not _is_always_null(data, b'"usage"'))
+        or (b'"finish_reason"' in data and not _is_always_null(data, b'"finish_reason"'))
         or b'"error' in data
         or b"[DONE]" in data
     )
 
 
+def _is_always_null(data: bytes, name: bytes) -> bool:
+    return data.count(name) == data.count(name + b":null") + data.count(name + b": null")
+
+
 def is_plain(data: bytes) -> bool:
     """Return whether `data` is whole frames of a single `data:` line each, with LF line ends."""
     return (
-        data.endswith(b"\n\n")
-        and data.startswith(b"data:")
-        and data.count(b"\n") == 2 * data.count(b"\n\ndata:") + 2
+        data.endswith(b"\n\n") and data.startswith(b"data:") and data.count(b"\n") == 2 * data.count(b"\n\ndata:") + 2
     )
 
 
@@ -181,9 +179,7 @@ class OpenAIStreamMeter:
             self._request_id = identity if isinstance(identity, str) else ""
         self._transcript.add_frames(frame)
         choices = chunk.get("choices")
-        choices = (
-            [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-        )
+        choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
         has_finish = False
         for choice in choices:
             if isinstance(choice.get("finish_reason"), str):

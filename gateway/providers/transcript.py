@@ -1,7 +1,7 @@
 """The text of a streamed answer, kept for our own count and parsed only when it is needed.
 
 Most streams end with believable usage and are never parsed. So frames are kept raw, and only when more than
-PENDING_BYTES_MAX of them have gathered are they turned into text: a frame takes about 250 bytes for 4 of text.
+PENDING_BYTES_MAX of them have gathered are they turned into text: a frame is about 250 bytes for 4 of text.
 """
 
 from __future__ import annotations
@@ -65,18 +65,17 @@ class _ChoiceText:
         return added
 
     def build(self) -> EmittedChoice:
+        ordered = (self.tool_calls[index] for index in sorted(self.tool_calls))
         return EmittedChoice(
             content="".join(self.content),
             reasoning="".join(self.reasoning),
-            tool_calls=tuple(
-                ("".join(name), "".join(text)) for _, (name, text) in sorted(self.tool_calls.items())
-            ),
+            tool_calls=tuple(("".join(name), "".join(text)) for name, text in ordered),
             finish_reason=self.finish_reason,
         )
 
 
 class Transcript:
-    """Gathers relayed frames. `mark` remembers a place; `has_text_since_mark` tells whether text came after it."""
+    """Gathers relayed frames. `mark` remembers a place, `has_text_since_mark` says whether text came after."""
 
     __slots__ = (
         "_choices",

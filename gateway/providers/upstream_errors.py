@@ -1,11 +1,11 @@
 """Foreign errors in OpenAI's shape: what a tenant may see of an upstream's failure.
 
-Shapes that are understood: OpenAI and vLLM (`error` object, string or integer code), older vLLM (`object: error`),
-llama.cpp, TGI (`error`, `error_type`), Ollama (`error` text), DashScope (`code`, `message`), Qianfan v1
-(`error_code`, `error_msg`, in HTTP 200), Tencent (`Response.Error`, `ErrorMsg`), AWS (`message`, `__type`), FastAPI (`detail`).
+Shapes that are understood: OpenAI, vLLM and llama.cpp (`error` object, string or integer code), older vLLM
+(`object: error`), TGI (`error`, `error_type`), Ollama (`error` text), DashScope (`code`, `message`), Qianfan v1
+(`error_code`, `error_msg`, in HTTP 200), Tencent (`Response.Error`, `ErrorMsg`), AWS (`message`), FastAPI (`detail`).
 
-The platform's own troubles with a provider (a bad key, an unpaid bill, an unknown model there) are the platform's,
-so the tenant gets 502 or 503 and not the provider's 401. Messages are cleaned of keys and addresses.
+The platform's own troubles with a provider (a bad key, an unpaid bill, an unknown model there) are not the
+tenant's, who gets 502 or 503 and not the provider's 401. Messages are cleaned of keys and addresses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _STATUS_BY_CODE: dict[str, int] = {
     "4": 429, "17": 429, "18": 429, "19": 429, "336501": 429, "336502": 429,
     "110": 401, "111": 401, "336100": 503,
     # DashScope (help.aliyun.com return-status-code-description)
-    "InvalidParameter": 400, "DataInspectionFailed": 400, "UnsupportedOperation": 400, "BadRequest.TooLarge": 413,
+    "InvalidParameter": 400, "DataInspectionFailed": 400, "UnsupportedOperation": 400,
+    "BadRequest.TooLarge": 413,
     "InvalidApiKey": 401, "Arrearage": 402, "AccessDenied": 403, "RequestTimeOut": 408,
     "Throttling": 429, "InternalError": 500,
     # Tencent
@@ -111,9 +112,7 @@ def classify_answer(status: int, headers: Mapping[str, str], body: bytes) -> Ups
 
 def build_invalid_answer(detail: str) -> UpstreamFailure:
     """Return the failure of an upstream that answered with something that is not the protocol."""
-    return UpstreamFailure(
-        502, "upstream_invalid_response", "upstream_error", clean_message(detail), is_retryable=True
-    )
+    return UpstreamFailure(502, "upstream_invalid_response", "upstream_error", clean_message(detail), is_retryable=True)
 
 
 def build_failure(status: int, foreign: ForeignError, *, retry_after_s: int | None = None) -> UpstreamFailure:
@@ -125,9 +124,7 @@ def build_failure(status: int, foreign: ForeignError, *, retry_after_s: int | No
     if status in (401, 403):
         return _build_ours(502, "upstream_refused", "The provider refused the gateway's request.")
     if status in (404, 405):
-        return _build_ours(
-            502, "upstream_model_missing", "The provider does not serve this model at the moment."
-        )
+        return _build_ours(502, "upstream_model_missing", "The provider does not serve this model now.")
     if status == 429:
         return UpstreamFailure(
             status=429,
@@ -138,14 +135,10 @@ def build_failure(status: int, foreign: ForeignError, *, retry_after_s: int | No
             retry_after_s=retry_after_s,
         )
     if 400 <= status < 500 and status not in (408, 424, 425, 499):
-        code = (
-            "context_length_exceeded"
-            if _CONTEXT.search(f"{foreign.code} {foreign.type} {message}")
-            else foreign.code
-        )
+        is_too_long = _CONTEXT.search(f"{foreign.code} {foreign.type} {message}")
         return UpstreamFailure(
             status=status,
-            code=code or "invalid_request_error",
+            code="context_length_exceeded" if is_too_long else foreign.code or "invalid_request_error",
             type=foreign.type or "invalid_request_error",
             message=message or "The provider refused the request.",
             is_retryable=False,
