@@ -1,0 +1,1 @@
+"""Pure metering: sequences, windows, attribution and sums. No clock, no database, no settings."""

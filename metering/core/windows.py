@@ -1,0 +1,82 @@
+"""Windows of time: the billing day of an instant, and the call ids of a day.
+
+A billing day is a calendar day of the tenant's IANA zone: 23 or 25 hours long where daylight saving time
+begins or ends. Partitions of raw events are days of UTC, because a call id carries UTC milliseconds.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, date, datetime, timedelta, tzinfo
+
+US_PER_HOUR = 3_600_000_000
+US_PER_DAY = 24 * US_PER_HOUR
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+# Offsets of all zones are multiples of a quarter of an hour today, so a quarter almost always lies in one day.
+_QUARTER_US = 15 * 60 * 1_000_000
+_REMEMBERED_MAX = 100_000
+
+
+def get_instant(at_us: int) -> datetime:
+    """Return the UTC instant of microseconds since 1970, exactly."""
+    return _EPOCH + timedelta(microseconds=at_us)
+
+
+def get_at_us(instant: datetime) -> int:
+    """Return microseconds since 1970 of an aware datetime, exactly (a float timestamp would round)."""
+    return (instant - _EPOCH) // timedelta(microseconds=1)
+
+
+def compute_usage_day(occurred_at_us: int, zone: tzinfo) -> date:
+    """Return the calendar day in `zone` on which the instant falls.
+
+    >>> from zoneinfo import ZoneInfo
+    >>> compute_usage_day(get_at_us(datetime(2026, 10, 31, 16, tzinfo=UTC)), ZoneInfo("Asia/Shanghai"))
+    datetime.date(2026, 11, 1)
+    """
+    return get_instant(occurred_at_us).astimezone(zone).date()
+
+
+class UsageDayFinder:
+    """`compute_usage_day` for many events: remembers the day of each quarter of an hour and zone.
+
+    A quarter in which the zone changes its day or its offset is not remembered but computed for each instant.
+    """
+
+    def __init__(self) -> None:
+        self._days: dict[tuple[tzinfo, int], date] = {}
+
+    def find(self, occurred_at_us: int, zone: tzinfo) -> date:
+        """Return `compute_usage_day(occurred_at_us, zone)`."""
+        quarter = occurred_at_us // _QUARTER_US
+        day = self._days.get((zone, quarter))
+        if day is not None:
+            return day
+        day = compute_usage_day(occurred_at_us, zone)
+        first = get_instant(quarter * _QUARTER_US).astimezone(zone)
+        last = get_instant((quarter + 1) * _QUARTER_US - 1).astimezone(zone)
+        if first.date() == last.date() and first.utcoffset() == last.utcoffset():
+            if len(self._days) >= _REMEMBERED_MAX:
+                self._days.clear()
+            self._days[zone, quarter] = day
+        return day
+
+
+def get_utc_day(occurred_at_us: int) -> date:
+    """Return the UTC day of the instant: the partition of its raw event."""
+    return date.fromordinal(719_163 + occurred_at_us // US_PER_DAY)
+
+
+def compute_call_id_bounds(first_day: date, end_day: date) -> tuple[uuid.UUID, uuid.UUID]:
+    """Return the smallest call ids of two UTC days: events from `first_day` to before `end_day` lie in `[a, b)`."""
+    return compute_call_id_floor(_get_midnight_us(first_day)), compute_call_id_floor(_get_midnight_us(end_day))
+
+
+def compute_call_id_floor(at_us: int) -> uuid.UUID:
+    """Return the smallest 128-bit value with the millisecond of the instant in front."""
+    return uuid.UUID(int=(at_us // 1000) << 80)
+
+
+def _get_midnight_us(day: date) -> int:
+    return (day.toordinal() - 719_163) * US_PER_DAY

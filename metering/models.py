@@ -1,0 +1,384 @@
+"""Tables of metering. Raw events are insert-only and partitioned by day; rollups are what billing reads.
+
+Tables that PostgreSQL must partition or key in ways that Django cannot say are made by SQL in the migrations:
+there `call_id` and `tenant_id` are the primary key of an event, and the cell that of a rollup.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db import models
+from django.db.models.functions import Now
+
+# The application may add to these and never change them (see `billing/privileges.py`).
+INSERT_ONLY_TABLES = (
+    "metering_usage_event",
+    "metering_recording",
+    "metering_superseded_event",
+    "metering_conflicting_event",
+    "metering_catalog_snapshot",
+)
+
+
+class Xid8Field(models.Field):
+    """A 64-bit transaction id of PostgreSQL. Read only; compared in SQL with `pg_snapshot_xmin`."""
+
+    def db_type(self, connection: Any) -> str:
+        return "xid8"
+
+
+class CatalogSnapshotRecord(models.Model):
+    """A catalog snapshot as published, kept for ever: it says what an id meant when an event was recorded."""
+
+    version = models.BigIntegerField(unique=True)
+    body = models.BinaryField()
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        db_table = "metering_catalog_snapshot"
+        ordering = ("-version",)
+
+    def __str__(self) -> str:
+        return f"catalog snapshot {self.version}"
+
+
+class StreamPartition(models.Model):
+    """One usage stream. Whoever holds its row lock owns the partition; the cursor is the last entry recorded."""
+
+    partition = models.SmallIntegerField(primary_key=True)
+    cursor = models.CharField(max_length=41, default="0-0", help_text="id of the last stream entry recorded")
+    regressions = models.IntegerField(
+        default=0, help_text="times that new entries came below the cursor: the server lost data or its clock went back"
+    )
+    updated_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        db_table = "metering_stream_partition"
+        ordering = ("partition",)
+
+    def __str__(self) -> str:
+        return f"p{self.partition:02d}"
+
+
+class Producer(models.Model):
+    """Who numbers events: a gateway process in one partition, or an import (partition is empty).
+
+    `last_seq = accounted_count + sequence numbers in open gaps` at all times.
+    """
+
+    partition = models.SmallIntegerField(null=True, blank=True)
+    name = models.CharField(max_length=200)
+    last_seq = models.BigIntegerField(default=0)
+    accounted_count = models.BigIntegerField(default=0, help_text="sequence numbers that arrived")
+    first_seen_at = models.DateTimeField(db_default=Now(), editable=False)
+    last_seen_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        db_table = "metering_producer"
+        constraints = [
+            models.UniqueConstraint(
+                fields=("partition", "name"), nulls_distinct=False, name="metering_producer_identity"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class SequenceGap(models.Model):
+    """Sequence numbers that a producer has used and that have not arrived: a loss, until `closed_at` says otherwise."""
+
+    producer = models.ForeignKey(Producer, on_delete=models.PROTECT, related_name="gaps")
+    first_seq = models.BigIntegerField()
+    last_seq = models.BigIntegerField(help_text="inclusive")
+    noticed_at = models.DateTimeField(db_default=Now())
+    closed_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        db_table = "metering_sequence_gap"
+        ordering = ("-noticed_at", "first_seq")
+        indexes = [
+            models.Index(
+                fields=("producer", "first_seq"), condition=models.Q(closed_at=None), name="metering_gap_open"
+            ),
+        ]
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(first_seq__gte=1, last_seq__gte=models.F("first_seq")), name="metering_gap_bounds"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.first_seq}–{self.last_seq}"
+
+    @property
+    def event_count(self) -> int:
+        return self.last_seq - self.first_seq + 1
+
+
+class Recording(models.Model):
+    """One transaction that recorded events: where they came from, under which catalog, and when.
+
+    `xid` orders recordings by commit: those below `pg_snapshot_xmin` are all there and none can follow.
+    """
+
+    class Kind(models.TextChoices):
+        STREAM = "STREAM", "stream"
+        IMPORT = "IMPORT", "import"
+        API = "API", "API"
+        RELEASE = "RELEASE", "release from quarantine"
+
+    kind = models.CharField(max_length=10, choices=Kind)
+    partition = models.SmallIntegerField(null=True)
+    cursor_before = models.CharField(max_length=41, blank=True, default="")
+    cursor_after = models.CharField(max_length=41, blank=True, default="")
+    catalog_version = models.BigIntegerField()
+    rolled_up_count = models.IntegerField()
+    quarantined_count = models.IntegerField()
+    conflict_count = models.IntegerField()
+    duplicate_count = models.IntegerField()
+    superseded_count = models.IntegerField()
+    dead_letter_count = models.IntegerField()
+    recorded_at = models.DateTimeField(db_default=Now())
+    xid = Xid8Field(db_default=models.Func(function="pg_current_xact_id"))
+
+    class Meta:
+        db_table = "metering_recording"
+        ordering = ("-id",)
+        indexes = [models.Index(fields=("partition", "id"), name="metering_recording_partition")]
+
+    def __str__(self) -> str:
+        return f"recording {self.pk}"
+
+
+class UsageEvent(models.Model):
+    """A raw usage event, as recorded. Insert-only; the database refuses UPDATE and DELETE to everyone."""
+
+    call_id = models.UUIDField(primary_key=True)
+    tenant_id = models.BigIntegerField()
+    api_key_id = models.BigIntegerField()
+    served_model_id = models.BigIntegerField()
+    provider_id = models.BigIntegerField()
+    upstream_id = models.BigIntegerField()
+    occurred_at = models.DateTimeField()
+    recording_id = models.BigIntegerField()
+    seq = models.BigIntegerField()
+    total_us = models.BigIntegerField()
+    first_byte_us = models.BigIntegerField(null=True)
+    producer_id = models.BigIntegerField()
+    usage_on = models.DateField(help_text="billing day in the tenant's zone, when it was recorded")
+    input_tokens = models.IntegerField()
+    cached_input_tokens = models.IntegerField()
+    cache_write_tokens = models.IntegerField()
+    output_tokens = models.IntegerField()
+    reasoning_tokens = models.IntegerField()
+    counted_input_tokens = models.IntegerField(null=True)
+    counted_output_tokens = models.IntegerField(null=True)
+    streamed = models.BooleanField()
+    outcome = models.TextField()
+    usage_source = models.TextField()
+    endpoint = models.TextField()
+    region = models.TextField(blank=True)
+    finish_reason = models.TextField(blank=True)
+    provider_request_id = models.TextField(blank=True)
+    detail = models.JSONField(null=True, help_text="attempts and labels, where there are any")
+
+    class Meta:
+        db_table = "metering_usage_event"
+        ordering = ("-call_id",)
+
+    def __str__(self) -> str:
+        return str(self.call_id)
+
+
+class UsageRollup(models.Model):
+    """Sums of one cell. Changed only by the transaction that records the events it sums."""
+
+    id = models.BigAutoField(primary_key=True)
+    tenant_id = models.BigIntegerField()
+    usage_on = models.DateField()
+    api_key_id = models.BigIntegerField()
+    served_model_id = models.BigIntegerField()
+    provider_id = models.BigIntegerField()
+    upstream_id = models.BigIntegerField()
+    outcome = models.TextField()
+    calls = models.BigIntegerField()
+    input_tokens = models.BigIntegerField()
+    cached_input_tokens = models.BigIntegerField()
+    cache_write_tokens = models.BigIntegerField()
+    output_tokens = models.BigIntegerField()
+    reasoning_tokens = models.BigIntegerField()
+
+    class Meta:
+        db_table = "metering_usage_rollup"
+        ordering = ("-usage_on", "tenant_id", "id")
+
+    def __str__(self) -> str:
+        return f"tenant {self.tenant_id} on {self.usage_on}"
+
+
+class HourlyCount(models.Model):
+    """What became of the entries received, by the tenant they name and the UTC hour they occurred in.
+
+    The database refuses a row in which an entry is in no state or in two.
+    """
+
+    id = models.BigAutoField(primary_key=True)
+    tenant_id = models.BigIntegerField()
+    hour = models.DateTimeField()
+    received = models.BigIntegerField(default=0)
+    rolled_up = models.BigIntegerField(default=0)
+    quarantined = models.BigIntegerField(default=0, help_text="held or voided")
+    conflicts = models.BigIntegerField(default=0)
+    duplicates = models.BigIntegerField(default=0)
+    superseded = models.BigIntegerField(default=0)
+
+    class Meta:
+        db_table = "metering_hourly_count"
+        ordering = ("-hour", "tenant_id")
+        constraints = [
+            models.UniqueConstraint(fields=("tenant_id", "hour"), name="metering_hourly_count_identity"),
+            models.CheckConstraint(
+                condition=models.Q(
+                    received=models.F("rolled_up")
+                    + models.F("quarantined")
+                    + models.F("conflicts")
+                    + models.F("duplicates")
+                    + models.F("superseded")
+                ),
+                name="metering_hourly_count_one_state",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"tenant {self.tenant_id} {self.hour:%Y-%m-%d %H}h"
+
+    @property
+    def accepted(self) -> int:
+        """Unique usage: `rolled_up + quarantined + conflicts`."""
+        return self.received - self.duplicates - self.superseded
+
+
+class QuarantinedEvent(models.Model):
+    """An event that could not be attributed or believed, with its bytes, until it is released or voided."""
+
+    class State(models.TextChoices):
+        HELD = "HELD", "held"
+        RELEASED = "RELEASED", "released: rolled up"
+        REFUSED = "REFUSED", "released: was a duplicate or conflict"
+        VOIDED = "VOIDED", "voided"
+
+    state = models.CharField(max_length=8, choices=State, default=State.HELD)
+    reason = models.CharField(max_length=40)
+    call_id = models.CharField(max_length=200)
+    tenant_id = models.BigIntegerField(help_text="as the event says; 0 where that is no id")
+    counted_hour = models.DateTimeField(help_text="the hour it is counted in")
+    producer = models.ForeignKey(Producer, on_delete=models.PROTECT, related_name="+")
+    seq = models.BigIntegerField()
+    body = models.BinaryField(help_text="the event on the wire")
+    body_sha256 = models.BinaryField(max_length=32)
+    recording_id = models.BigIntegerField()
+    catalog_version = models.BigIntegerField(help_text="the catalog it was last tried with")
+    quarantined_at = models.DateTimeField(db_default=Now(), editable=False)
+    resolved_at = models.DateTimeField(null=True, blank=True)
+    resolved_by = models.CharField(max_length=150, blank=True, default="")
+    resolution_note = models.TextField(blank=True, default="")
+
+    class Meta:
+        db_table = "metering_quarantined_event"
+        ordering = ("-id",)
+        indexes = [
+            models.Index(fields=("reason", "id"), condition=models.Q(state="HELD"), name="metering_quarantine_held"),
+            models.Index(fields=("tenant_id", "counted_hour"), name="metering_quarantine_hour"),
+        ]
+        constraints = [
+            models.UniqueConstraint(fields=("call_id", "body_sha256"), name="metering_quarantine_identity"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.call_id} ({self.reason})"
+
+
+class ConflictingEvent(models.Model):
+    """An event whose call id was already recorded with other content. Kept apart, counted, never summed."""
+
+    call_id = models.UUIDField()
+    tenant_id = models.BigIntegerField()
+    counted_hour = models.DateTimeField()
+    producer = models.ForeignKey(Producer, on_delete=models.PROTECT, related_name="+")
+    seq = models.BigIntegerField()
+    body = models.BinaryField()
+    body_sha256 = models.BinaryField(max_length=32)
+    recording_id = models.BigIntegerField()
+    noticed_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        db_table = "metering_conflicting_event"
+        ordering = ("-id",)
+        constraints = [
+            models.UniqueConstraint(fields=("call_id", "body_sha256"), name="metering_conflict_identity"),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.call_id)
+
+
+class SupersededEvent(models.Model):
+    """A filler: the call was settled by another entry. Kept for audit, never summed."""
+
+    producer = models.ForeignKey(Producer, on_delete=models.PROTECT, related_name="+")
+    seq = models.BigIntegerField()
+    call_id = models.CharField(max_length=200)
+    body = models.BinaryField(help_text="the event that would have been recorded")
+    recording_id = models.BigIntegerField()
+
+    class Meta:
+        db_table = "metering_superseded_event"
+        constraints = [
+            models.UniqueConstraint(fields=("producer", "seq"), name="metering_superseded_identity"),
+        ]
+
+    def __str__(self) -> str:
+        return self.call_id
+
+
+class DeadLetter(models.Model):
+    """A stream entry that could not be decoded or stored, with its bytes. The partition went on without it."""
+
+    partition = models.SmallIntegerField()
+    stream_id = models.CharField(max_length=41)
+    body = models.BinaryField()
+    body_sha256 = models.BinaryField(max_length=32)
+    error = models.TextField()
+    received_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        db_table = "metering_dead_letter"
+        ordering = ("-id",)
+        constraints = [
+            models.UniqueConstraint(
+                fields=("partition", "stream_id", "body_sha256"), name="metering_dead_letter_identity"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"p{self.partition:02d} {self.stream_id}"
+
+
+class ExternalIdentity(models.Model):
+    """The call id given to an event from outside: (source, external id) is recorded once, whatever its time."""
+
+    source = models.CharField(max_length=200)
+    external_id = models.CharField(max_length=200)
+    call_id = models.UUIDField()
+    content_sha256 = models.BinaryField(max_length=32)
+
+    class Meta:
+        db_table = "metering_external_identity"
+        constraints = [
+            models.UniqueConstraint(fields=("source", "external_id"), name="metering_external_identity_once"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.external_id}"
