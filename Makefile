@@ -1,0 +1,51 @@
+# Everything runs in .venv, which `install` makes from the lock files and renews when they change.
+
+PYTHON_IN_VENV := .venv/bin/python
+INSTALLED := .venv/.installed
+LOCKS := deploy/requirements-dev.txt deploy/requirements-nodeps.txt
+# Processes that run the tests.
+JOBS ?= 2
+MYPY_PATHS := gateway deploy/embedded $(wildcard */core)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench bench-gateway bench-metering lock clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## Install everything into .venv (PYTHON=/path/to/python to choose the interpreter)
+
+$(INSTALLED): $(LOCKS) deploy/install.sh .python-version
+	@PYTHON="$(PYTHON)" sh deploy/install.sh
+	@touch $@
+
+demo: $(INSTALLED)  ## Run the whole system on embedded servers with real traffic, until Ctrl-C (ONCE=1: end by itself)
+	$(PYTHON_IN_VENV) manage.py demo $(if $(ONCE),--once)
+
+test: lint  ## Run all checks and all tests (JOBS=2 processes)
+	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) -m "not serial"
+	$(PYTHON_IN_VENV) -m pytest -m serial
+
+lint: $(INSTALLED)  ## Check format, style, types and import arrows
+	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m ruff format --check .
+	$(PYTHON_IN_VENV) -m mypy $(MYPY_PATHS)
+	.venv/bin/lint-imports
+
+format: $(INSTALLED)  ## Format the code and fix what can be fixed
+	$(PYTHON_IN_VENV) -m ruff format .
+	$(PYTHON_IN_VENV) -m ruff check --fix .
+
+bench: bench-gateway bench-metering  ## Run both benchmarks
+
+bench-gateway: $(INSTALLED)  ## Measure CPU per call against nginx, and count that no event is lost
+	$(PYTHON_IN_VENV) -m deploy.bench.gateway
+
+bench-metering: $(INSTALLED)  ## Measure events per second from stream to rollup
+	$(PYTHON_IN_VENV) -m deploy.bench.metering
+
+lock: $(INSTALLED)  ## Rewrite the lock files from pyproject.toml (UPGRADE=1: newest versions)
+	@sh deploy/lock.sh "$$(command -v uv || echo .venv/uv/bin/uv)" $(if $(UPGRADE),--upgrade)
+
+clean:  ## Remove .venv, caches and the embedded data of .tollbook (its databases and secrets too)
+	@sh deploy/clean.sh
