@@ -11,5 +11,7 @@ class BillingConfig(AppConfig):
 
     def ready(self) -> None:
         from billing import privileges
+        from billing.services import ledger_accounts
 
         privileges.connect()
+        ledger_accounts.connect()

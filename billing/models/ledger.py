@@ -23,9 +23,7 @@ class Book(models.Model):
     class Meta:
         ordering = ("slug",)
         constraints = (
-            models.UniqueConstraint(
-                models.Value(1), condition=Q(tenant__isnull=True), name="book_one_corporate"
-            ),
+            models.UniqueConstraint(models.Value(1), condition=Q(tenant__isnull=True), name="book_one_corporate"),
         )
 
     def __str__(self) -> str:
@@ -62,15 +60,16 @@ class JournalEntry(models.Model):
     effective_on = models.DateField(help_text="accounting day: decides the period")
     occurred_at = models.DateTimeField(help_text="when the cause happened")
     posted_at = models.DateTimeField(db_default=Now(), editable=False)
-    origin_period = models.CharField(
-        max_length=7, blank=True, help_text="YYYY-MM, where it corrects a closed period"
-    )
+    origin_period = models.CharField(max_length=7, blank=True, help_text="YYYY-MM, where it corrects a closed period")
     reverses = models.OneToOneField("self", models.PROTECT, null=True, blank=True, related_name="reversed_by")
+    # Stated with the entry, so that no posting can be added once the entry has been found complete.
+    posting_count = models.PositiveIntegerField()
 
     class Meta:
         verbose_name_plural = "journal entries"
         ordering = ("-id",)
         indexes = (models.Index(fields=("effective_on", "book")),)
+        constraints = (models.CheckConstraint(condition=Q(posting_count__gte=2), name="journal_entry_two_postings"),)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.effective_on} #{self.pk}"
@@ -79,7 +78,9 @@ class JournalEntry(models.Model):
 class Posting(models.Model):
     """One debit (positive) or credit (negative) on one account, with the dimensions that reports group by."""
 
-    journal_entry = models.ForeignKey(JournalEntry, models.PROTECT, related_name="postings")
+    # The unique constraint below is the index.
+    journal_entry = models.ForeignKey(JournalEntry, models.PROTECT, related_name="postings", db_index=False)
+    position = models.PositiveIntegerField(help_text="1 to the entry's posting_count")
     account = models.ForeignKey(LedgerAccount, models.PROTECT, related_name="postings")
     currency = models.CharField(max_length=3, validators=[CURRENCY])
     amount = models.DecimalField(max_digits=38, decimal_places=9)
@@ -89,9 +90,10 @@ class Posting(models.Model):
     agreement = models.ForeignKey(Agreement, models.PROTECT, null=True, blank=True, related_name="+")
 
     class Meta:
-        ordering = ("journal_entry", "id")
+        ordering = ("journal_entry", "position")
         indexes = (models.Index(fields=("account", "currency")),)
         constraints = (
+            models.UniqueConstraint(fields=("journal_entry", "position"), name="posting_position_once"),
             # The upper bound refuses NaN and Infinity, which compare as greater than every number.
             models.CheckConstraint(
                 condition=~Q(amount=0) & Q(amount__lt=10**28) & Q(amount__gt=-(10**28)),
