@@ -19,6 +19,7 @@ import redis as redis_py
 
 from deploy.embedded import EmbeddedPostgres, EmbeddedRedis
 from deploy.embedded.postgres import OWNER_ROLE
+from deploy.embedded.server import choose_free_port
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 # Nothing of a test survives a crash of the host, so nothing is synced; a killed process still
@@ -42,7 +43,7 @@ class SessionServers:
     def _configure_postgres(self) -> EmbeddedPostgres | None:
         if os.environ.get("TOLLBOOK_DATABASE_URL"):
             return None  # yours; or, in a process of pytest-xdist, the one of its parent
-        server = EmbeddedPostgres(self.folder, settings=TEST_SETTINGS)
+        server = EmbeddedPostgres(self.folder, port=choose_free_port(), settings=TEST_SETTINGS)
         os.environ["TOLLBOOK_DATABASE_URL"] = server.owner_url()
         os.environ["TOLLBOOK_TEST_APP_DATABASE_URL"] = server.url()
         return server
@@ -50,7 +51,7 @@ class SessionServers:
     def _configure_redis(self) -> EmbeddedRedis | None:
         if os.environ.get("TOLLBOOK_REDIS_URL") and "TOLLBOOK_TEST_REDIS_IS_EMBEDDED" not in os.environ:
             return None
-        server = EmbeddedRedis(self.folder)
+        server = EmbeddedRedis(self.folder, port=choose_free_port())
         os.environ["TOLLBOOK_REDIS_URL"] = server.url()
         os.environ["TOLLBOOK_TEST_REDIS_IS_EMBEDDED"] = "1"  # so that each process of pytest-xdist starts its own
         return server

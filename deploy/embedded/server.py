@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 
 from deploy.embedded.errors import AlreadyRunningError, ServerStartError
@@ -57,24 +58,27 @@ class FolderLock:
             self._handle = None
 
 
-def choose_free_port(preferred: int | None = None) -> int:
-    """A free loopback port: the preferred one where it is free, else one that the system picks."""
-    for candidate in (preferred, 0):
-        if candidate is None:
-            continue
+def choose_free_port(preferred: int | None = None, *, taken: Collection[int] = ()) -> int:
+    """A free loopback port: the preferred one where it is free, else one that the system picks.
+
+    `taken` are ports that were chosen before and are not in use yet.
+    """
+    candidates = [preferred] if preferred else []
+    for candidate in [*candidates, *[0] * _PORT_ATTEMPTS_MAX]:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", candidate))
             port: int = probe.getsockname()[1]
-            return port
+            if port not in taken:
+                return port
     raise ServerStartError("No free loopback port was found.")
 
 
 class EmbeddedServer(ABC):
     """One server process on a folder of its own, listening on the loopback address only.
 
-    `port` is settled when the object is made, so that URLs can be handed out before the start.
-    The same object can be stopped or killed and started again: the port stays the same.
+    `port` is settled when the object is made. Where it was not given and is taken by the time of
+    the first start, another is chosen; after that it stays the same for every further start.
     """
 
     name: str  # of the server, for messages
@@ -144,6 +148,7 @@ class EmbeddedServer(ABC):
             self._prepare()
             self._stop_orphan()
             self._start_until_ready()
+            self._is_port_given = True  # from now on others know it
             self._finish_start()
         except BaseException:
             self.stop()
