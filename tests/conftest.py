@@ -134,21 +134,25 @@ def app_connection(transactional_db: None) -> Iterator[psycopg.Connection]:
 
 
 @pytest.fixture
-def own_postgres() -> Iterator[EmbeddedPostgres]:
-    """A PostgreSQL of the test's own, running, which it may kill and start again."""
+def server_folder() -> Iterator[Path]:
+    """A temporary data folder for embedded servers of the test's own."""
     folder = make_reachable_folder()
-    with EmbeddedPostgres(folder, settings=TEST_SETTINGS) as server:
-        yield server
+    yield folder
     shutil.rmtree(folder)
 
 
 @pytest.fixture
-def own_redis() -> Iterator[EmbeddedRedis]:
-    """A Redis-protocol server of the test's own, running, which it may kill and start again."""
-    folder = make_reachable_folder()
-    with EmbeddedRedis(folder) as server:
+def own_postgres(server_folder: Path) -> Iterator[EmbeddedPostgres]:
+    """A PostgreSQL of the test's own, running, which it may kill and start again."""
+    with EmbeddedPostgres(server_folder, settings=TEST_SETTINGS) as server:
         yield server
-    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def own_redis(server_folder: Path) -> Iterator[EmbeddedRedis]:
+    """A Redis-protocol server of the test's own, running, which it may kill and start again."""
+    with EmbeddedRedis(server_folder) as server:
+        yield server
 
 
 def _execute_flush_without_triggers(operations: DatabaseOperations, sql_list: list[str]) -> None:

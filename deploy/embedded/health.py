@@ -1,10 +1,12 @@
 """How each process of a running instance is, asked of the process itself where that is possible."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
 import redis
+from celery import Celery
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -24,7 +26,8 @@ class ProcessHealth:
 
 def check_health(data_dir: Path, runtime: Runtime) -> list[ProcessHealth]:
     """The health of each process of the instance, in the order of their start."""
-    urls = build_server_environment(
+    # Where a server is not embedded, its URL is in the environment of the caller.
+    urls = {**os.environ} | build_server_environment(
         data_dir, postgres_port=runtime.port_of("postgres"), redis_port=runtime.port_of("redis")
     )
     services = list_services(
@@ -40,6 +43,8 @@ def check_health(data_dir: Path, runtime: Runtime) -> list[ProcessHealth]:
             return is_postgres_well(urls["TOLLBOOK_DATABASE_URL"])
         if name == "redis":
             return is_redis_well(urls["TOLLBOOK_REDIS_URL"])
+        if name == "worker":
+            return is_worker_well(urls["TOLLBOOK_REDIS_URL"])
         health_url = health_urls.get(name)
         return health_url is None or answers_well(health_url)
 
@@ -64,4 +69,12 @@ def is_redis_well(url: str) -> bool:
         with redis.Redis.from_url(url, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as client:
             return str(client.info("persistence").get("aof_last_write_status")) == "ok"
     except redis.RedisError:
+        return False
+
+
+def is_worker_well(broker_url: str) -> bool:
+    """Whether a Celery worker answers on the broker; a busy one does too."""
+    try:
+        return bool(Celery(broker=broker_url).control.ping(timeout=2.0, limit=1))
+    except OSError:  # the broker is gone: kombu's errors of connection are OSErrors
         return False

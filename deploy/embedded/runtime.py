@@ -28,13 +28,15 @@ class Runtime:
 
     `addresses` maps `gateway`, `web`, `sandbox`, `postgres`, `redis` to URLs without passwords
     (the last two only where they are embedded). `environment` holds the `TOLLBOOK_*` variables
-    that are no secret.
+    that are no secret. `is_running` turns false with a clean stop; after a crash it stays true,
+    and the supervisor's identity tells.
     """
 
     supervisor: ProcessIdentity
     started_at: str
     addresses: dict[str, str]
     environment: dict[str, str]
+    is_running: bool = True
     processes: dict[str, ProcessIdentity] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=dict)
 
@@ -72,7 +74,8 @@ def read_last_runtime(data_dir: Path) -> Runtime | None:
 def read_runtime(data_dir: Path) -> Runtime | None:
     """The running instance on this data folder; None where none runs."""
     runtime = read_last_runtime(data_dir)
-    return runtime if runtime is not None and runtime.supervisor.is_alive() else None
+    is_running = runtime is not None and runtime.is_running and runtime.supervisor.is_alive()
+    return runtime if is_running else None
 
 
 def build_server_environment(data_dir: Path, *, postgres_port: int | None, redis_port: int | None) -> dict[str, str]:

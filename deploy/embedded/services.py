@@ -9,11 +9,15 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """A process to run. `health_url` is None where only its being alive can be told cheaply."""
+    """A process to run.
+
+    It is ready once `health_url` answers, or once it has written `ready_mark` to its log.
+    """
 
     name: str
     argv: tuple[str, ...]
     health_url: str | None = None
+    ready_mark: str = ""
     stop_timeout_s: float = 15.0
 
 
@@ -42,6 +46,7 @@ def list_services(*, sandbox_url: str, gateway_url: str, web_url: str, data_dir:
                 "--loglevel",
                 "INFO",
             ),
+            ready_mark=" ready.",
             stop_timeout_s=30.0,  # running tasks end first
         ),
         Service(

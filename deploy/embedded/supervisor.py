@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -75,6 +75,7 @@ class ServiceProcess:
         self._environment = environment
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
 
     @property
     def name(self) -> str:
@@ -90,6 +91,7 @@ class ServiceProcess:
     def start(self) -> None:
         """Start the process; what is left of the one before is ended first."""
         self._end_group()
+        self._log_start = self._log_path.stat().st_size if self._log_path.exists() else 0
         self._process = spawn(self.service.argv, log_path=self._log_path, env=self._environment, cwd=PROJECT_ROOT)
 
     def stop(self) -> None:
@@ -100,10 +102,20 @@ class ServiceProcess:
         self._end_group()
 
     def is_ready(self) -> bool:
-        return self.is_running() and (self.service.health_url is None or answers_well(self.service.health_url))
+        if not self.is_running():
+            return False
+        if self.service.health_url:
+            return answers_well(self.service.health_url)
+        return self.service.ready_mark in self._read_log()
 
-    def read_log_tail(self) -> str:
-        return _read_tail(self._log_path)
+    def read_log_tail(self, lines_max: int = 15) -> str:
+        return "\n".join(self._read_log().splitlines()[-lines_max:])
+
+    def _read_log(self) -> str:
+        """What this process, and not one before it, has written."""
+        with open(self._log_path, "rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
 
     def _end_group(self) -> None:
         """A crashed parent may leave workers behind: they are in its process group."""
@@ -184,6 +196,8 @@ class Supervisor:
                 process.stop()
             except Exception:
                 logger.exception("%s could not be stopped", process.name)
+        if self._runtime is not None:
+            write_runtime(self.data_dir, replace(self._runtime, is_running=False))
         self._lock.release()
 
     def run_manage(self, command: str, *arguments: str, owner: bool = False) -> str:
@@ -294,15 +308,7 @@ class Supervisor:
             identity = ProcessIdentity.of(process.pid) if process.pid else None
             if identity:
                 processes[name] = identity
-        runtime = self.runtime
-        self._runtime = Runtime(
-            supervisor=runtime.supervisor,
-            started_at=runtime.started_at,
-            addresses=runtime.addresses,
-            environment=runtime.environment,
-            processes=processes,
-            restarts=dict(self._restarts),
-        )
+        self._runtime = replace(self.runtime, processes=processes, restarts=dict(self._restarts))
         write_runtime(self.data_dir, self._runtime)
 
     def _processes(self) -> dict[str, EmbeddedServer | ServiceProcess]:
@@ -411,10 +417,3 @@ def _rotate_log(path: Path) -> None:
     """Keep one former log: nothing that we write grows without a bound."""
     if path.exists() and path.stat().st_size > _LOG_BYTES_MAX:
         path.rename(path.with_suffix(".log.1"))
-
-
-def _read_tail(path: Path, lines_max: int = 15) -> str:
-    try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines_max:])
-    except OSError:
-        return ""

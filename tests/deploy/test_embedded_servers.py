@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -16,16 +15,9 @@ from redis.retry import Retry
 from deploy.embedded import AlreadyRunningError, EmbeddedPostgres, EmbeddedRedis, ServerStartError
 from deploy.embedded.accounts import REACHABLE_ROOT
 from deploy.embedded.processes import ProcessIdentity, wait_until
-from tests.conftest import TEST_SETTINGS, make_reachable_folder
+from tests.conftest import TEST_SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = make_reachable_folder()
-    yield path
-    shutil.rmtree(path)
 
 
 def test_postgres_keeps_committed_rows_after_kill_9_with_open_sessions(
@@ -76,42 +68,42 @@ def test_postgres_is_utf8_with_checksums_and_sorts_by_code_point(own_postgres: E
         assert connection.execute("SELECT 'Z' < 'a', upper('é')").fetchone() == (True, "É")
 
 
-def test_postgres_second_start_finds_the_same_cluster(folder: Path) -> None:
+def test_postgres_second_start_finds_the_same_cluster(server_folder: Path) -> None:
     with (
-        EmbeddedPostgres(folder, settings=TEST_SETTINGS) as server,
+        EmbeddedPostgres(server_folder, settings=TEST_SETTINGS) as server,
         psycopg.connect(server.owner_url()) as connection,
     ):
         connection.execute("CREATE TABLE kept (x int)")
 
     with (
-        EmbeddedPostgres(folder, settings=TEST_SETTINGS) as server,
+        EmbeddedPostgres(server_folder, settings=TEST_SETTINGS) as server,
         psycopg.connect(server.owner_url()) as connection,
     ):
         assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
 
 
-def test_postgres_begins_again_where_initdb_was_interrupted(folder: Path) -> None:
-    (folder / "postgres" / "cluster.incomplete" / "base").mkdir(parents=True)
+def test_postgres_begins_again_where_initdb_was_interrupted(server_folder: Path) -> None:
+    (server_folder / "postgres" / "cluster.incomplete" / "base").mkdir(parents=True)
     if os.geteuid() == 0:
-        for path in (folder / "postgres", *(folder / "postgres").rglob("*")):
-            shutil.chown(path, EmbeddedPostgres(folder)._account.uid)
+        for path in (server_folder / "postgres", *(server_folder / "postgres").rglob("*")):
+            shutil.chown(path, EmbeddedPostgres(server_folder)._account.uid)
 
-    with EmbeddedPostgres(folder, settings=TEST_SETTINGS) as server:
+    with EmbeddedPostgres(server_folder, settings=TEST_SETTINGS) as server:
         assert server.is_running()
 
 
-def test_postgres_says_what_to_do_where_its_secrets_are_gone(folder: Path) -> None:
-    with EmbeddedPostgres(folder, settings=TEST_SETTINGS):
+def test_postgres_says_what_to_do_where_its_secrets_are_gone(server_folder: Path) -> None:
+    with EmbeddedPostgres(server_folder, settings=TEST_SETTINGS):
         pass
-    (folder / "secrets.json").unlink()
+    (server_folder / "secrets.json").unlink()
 
     with pytest.raises(ServerStartError, match=r"does not hold the password .* delete"):
-        EmbeddedPostgres(folder, settings=TEST_SETTINGS).start()
+        EmbeddedPostgres(server_folder, settings=TEST_SETTINGS).start()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root changes the account that the server runs as")
-def test_postgres_below_a_private_folder_lives_in_a_reachable_place_and_is_found_again(folder: Path) -> None:
-    private = folder / "home"
+def test_postgres_below_a_private_folder_lives_in_a_reachable_place_and_is_found_again(server_folder: Path) -> None:
+    private = server_folder / "home"
     private.mkdir(mode=0o700)
     data_dir = private / ".tollbook"
     with (
@@ -159,36 +151,37 @@ def test_redis_refuses_callers_without_the_password(own_redis: EmbeddedRedis) ->
         client.ping()
 
 
-def test_redis_starts_with_a_half_written_append_only_file(folder: Path) -> None:
-    with EmbeddedRedis(folder) as server, redis.Redis.from_url(server.url()) as client:
+def test_redis_starts_with_a_half_written_append_only_file(server_folder: Path) -> None:
+    with EmbeddedRedis(server_folder) as server, redis.Redis.from_url(server.url()) as client:
         client.set("a", "1")
-    (log,) = (folder / "redis" / "appendonlydir").glob("*.incr.aof")
+    (log,) = (server_folder / "redis" / "appendonlydir").glob("*.incr.aof")
     with log.open("ab") as file:
         file.write(b"*3\r\n$3\r\nSET\r\n$1\r\nb")
 
-    with EmbeddedRedis(folder) as server, redis.Redis.from_url(server.url()) as client:
+    with EmbeddedRedis(server_folder) as server, redis.Redis.from_url(server.url()) as client:
         assert client.get("a") == b"1"
         assert client.get("b") is None
 
 
-def test_secrets_are_readable_by_their_owner_only(folder: Path) -> None:
-    with EmbeddedRedis(folder):
-        assert (folder / "secrets.json").stat().st_mode & 0o777 == 0o600
-        assert (folder / "redis" / "redis.conf").stat().st_mode & 0o777 == 0o600
+def test_secrets_are_readable_by_their_owner_only(server_folder: Path) -> None:
+    with EmbeddedRedis(server_folder):
+        assert (server_folder / "secrets.json").stat().st_mode & 0o777 == 0o600
+        assert (server_folder / "redis" / "redis.conf").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("server_class", [EmbeddedPostgres, EmbeddedRedis])
 class TestOneOwner:
     """One process owns a server; what an owner leaves behind, the next one clears."""
 
-    def test_second_start_on_a_running_folder_is_refused(self, folder: Path, server_class) -> None:
-        with server_class(folder), pytest.raises(AlreadyRunningError, match="already running"):
-            server_class(folder).start()
+    def test_second_start_on_a_running_folder_is_refused(self, server_folder: Path, server_class) -> None:
+        with server_class(server_folder), pytest.raises(AlreadyRunningError, match="already running"):
+            server_class(server_folder).start()
 
-    def test_server_ends_with_its_owner_and_its_folder_can_be_used(self, folder: Path, server_class) -> None:
+    def test_server_ends_with_its_owner_and_its_folder_can_be_used(self, server_folder: Path, server_class) -> None:
         program = (
             f"import sys; from deploy.embedded import {server_class.__name__} as Server; from pathlib import Path\n"
-            f"server = Server(Path({str(folder)!r})); server.start(); print(server.pid, flush=True); sys.stdin.read()"
+            f"server = Server(Path({str(server_folder)!r})); server.start()\n"
+            "print(server.pid, flush=True); sys.stdin.read()"
         )
         owner = subprocess.Popen(
             [sys.executable, "-c", program],
@@ -201,26 +194,26 @@ class TestOneOwner:
         owner.kill()
         owner.communicate()
 
-        with server_class(folder) as successor:
+        with server_class(server_folder) as successor:
             assert successor.is_running()
             assert not server.is_alive()
 
-    def test_orphan_is_stopped_by_the_next_start(self, folder: Path, server_class) -> None:
-        first = server_class(folder)
+    def test_orphan_is_stopped_by_the_next_start(self, server_folder: Path, server_class) -> None:
+        first = server_class(server_folder)
         first.start()
         orphan = ProcessIdentity.of(first.pid)
         first._lock.release()  # as if its owner were gone, and no death signal had been sent
 
-        with server_class(folder) as successor:
+        with server_class(server_folder) as successor:
             assert successor.is_running()
             assert wait_until(lambda: not orphan.is_alive(), timeout_s=5)
         first._process.wait()
 
-    def test_taken_port_is_replaced_unless_it_was_given(self, folder: Path, server_class) -> None:
-        with server_class(folder / "a") as first:
-            second = server_class(folder / "b")
+    def test_taken_port_is_replaced_unless_it_was_given(self, server_folder: Path, server_class) -> None:
+        with server_class(server_folder / "a") as first:
+            second = server_class(server_folder / "b")
             second.port = first.port
             with second:
                 assert second.port != first.port
             with pytest.raises(ServerStartError, match="Address already in use"):
-                server_class(folder / "b", port=first.port).start()
+                server_class(server_folder / "b", port=first.port).start()
