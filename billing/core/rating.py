@@ -40,6 +40,16 @@ def compute_amount(quantity_tokens: int, price_per_mtok: Decimal) -> Decimal:
     return EXACT.scaleb(EXACT.multiply(Decimal(quantity_tokens), price_per_mtok), -6)
 
 
+def format_exact(amount: Decimal) -> str:
+    """Return plain digits without trailing zeros, so that equal amounts are equal texts.
+
+    >>> format_exact(Decimal("36.000000")), format_exact(Decimal("1200")), format_exact(Decimal("0E-24"))
+    ('36', '1200', '0')
+    """
+    text = f"{amount:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def rate_usage(quantities: Mapping[TokenKind, int], card: RateCardTerms) -> tuple[RatedLine, ...]:
     """Rate disjoint quantities, in tokens, by one card: a line per kind that was used, in the order of TokenKind.
 
