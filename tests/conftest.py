@@ -46,6 +46,7 @@ class SessionServers:
         server = EmbeddedPostgres(self.folder, port=choose_free_port(), settings=TEST_SETTINGS)
         os.environ["TOLLBOOK_DATABASE_URL"] = server.owner_url()
         os.environ["TOLLBOOK_TEST_APP_DATABASE_URL"] = server.url()
+        os.environ["TOLLBOOK_TEST_SUPERUSER_DATABASE_URL"] = server.superuser_url()
         return server
 
     def _configure_redis(self) -> EmbeddedRedis | None:
