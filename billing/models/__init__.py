@@ -3,6 +3,7 @@
 from billing.models.agreements import Agreement, AgreementVersion
 from billing.models.audit import AuditRecord
 from billing.models.catalog import LanguageModel, ServedModel, Upstream
+from billing.models.charges import AccrualRun, RatedCharge, RatedRoyalty
 from billing.models.closing import CloseStep, SettlementPeriod
 from billing.models.invoices import Invoice, InvoiceLine, InvoiceSeries
 from billing.models.ledger import Book, JournalEntry, JournalKey, LedgerAccount, Posting
@@ -11,6 +12,7 @@ from billing.models.payables import Payable, Statement, StatementLine
 from billing.models.pricing import Contract, ExchangeRate, PriceBook, Rate, RateCard
 
 __all__ = [
+    "AccrualRun",
     "Agreement",
     "AgreementVersion",
     "ApiKey",
@@ -33,6 +35,8 @@ __all__ = [
     "Provider",
     "Rate",
     "RateCard",
+    "RatedCharge",
+    "RatedRoyalty",
     "ServedModel",
     "SettlementPeriod",
     "Statement",

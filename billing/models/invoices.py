@@ -10,7 +10,7 @@ from django.db.models import F, Func, Q, Value
 from billing.models.catalog import ServedModel
 from billing.models.ledger import JournalEntry
 from billing.models.parties import CURRENCY, Tenant
-from billing.models.pricing import Contract
+from billing.models.pricing import Contract, RateCard
 from gateway.contract.token_kind import TokenKind
 
 
@@ -57,6 +57,8 @@ class Invoice(models.Model):
     tax_name = models.CharField(max_length=40, blank=True)
     tax_minor = models.BigIntegerField(default=0)
     total_minor = models.BigIntegerField(default=0)
+    # What it takes from "unbilled receivable": the ledger's 9 decimals of the same charges.
+    unbilled_amount = models.DecimalField(max_digits=38, decimal_places=9, default=0, editable=False)
     issued_on = models.DateField(null=True, blank=True)
     due_on = models.DateField(null=True, blank=True)
     finalized_at = models.DateTimeField(null=True, blank=True)
@@ -126,6 +128,7 @@ class InvoiceLine(models.Model):
         max_length=20, blank=True, choices=[(kind.value, kind.value) for kind in TokenKind]
     )
     description = models.CharField(max_length=300)
+    rate_card = models.ForeignKey(RateCard, models.PROTECT, null=True, blank=True, related_name="+")
     quantity_tokens = models.BigIntegerField(default=0)
     price_per_mtok = models.DecimalField(max_digits=38, decimal_places=18, null=True, blank=True)
     amount_unrounded = models.DecimalField(max_digits=56, decimal_places=24)

@@ -24,6 +24,8 @@ class Statement(models.Model):
     period_start = models.DateField()
     period_end = models.DateField()
     total_minor = models.BigIntegerField(default=0)
+    # What it takes from the accrued payable: the ledger's 9 decimals of the same lines.
+    accrued_amount = models.DecimalField(max_digits=38, decimal_places=9, default=0, editable=False)
     is_final = models.BooleanField(default=False)
     canonical_sha256 = models.CharField(max_length=64, blank=True)
 
@@ -59,6 +61,9 @@ class StatementLine(models.Model):
     inputs = models.JSONField()
     amount_unrounded = models.DecimalField(max_digits=56, decimal_places=24)
     amount_minor = models.BigIntegerField()
+    origin_period = models.CharField(
+        max_length=7, blank=True, help_text="YYYY-MM, where it adjusts a closed period"
+    )
 
     class Meta:
         ordering = ("statement", "position")
@@ -83,6 +88,7 @@ class Payable(models.Model):
     statement = models.OneToOneField(Statement, models.PROTECT, related_name="payable")
     amount_minor = models.BigIntegerField()
     status = models.CharField(max_length=9, choices=Status, default=Status.ACCRUED)
+    send_count = models.PositiveIntegerField(default=0, editable=False, help_text="a failed one may be sent again")
     proposed_by = models.ForeignKey(
         settings.AUTH_USER_MODEL, models.PROTECT, null=True, blank=True, related_name="+", editable=False
     )

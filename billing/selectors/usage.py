@@ -1,0 +1,69 @@
+"""Usage as billing sees it: sums of billable tokens. Billing reads metering here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
+
+from django.db import connection
+
+from billing.core.period_rating import BILLABLE_OUTCOMES, UsageSegment
+from billing.core.periods import Month
+from billing.core.rate_cards import build_segments
+from billing.models import Tenant
+from gateway.contract.token_kind import split_token_kinds
+from metering.models import UsageRollup
+
+# Rollups have a row per tenant, day, key, model, upstream and outcome. The database adds them up, because a month
+# of 1,000 tenants is a million of them and rating needs only the sum of each segment.
+_SUM_SEGMENTS = f"""
+SELECT tenant_id, served_model_id, upstream_id, width_bucket(usage_on, %(starts)s::date[]) AS segment,
+       sum(input_tokens)::bigint, sum(cached_input_tokens)::bigint, sum(cache_write_tokens)::bigint,
+       sum(output_tokens)::bigint, sum(reasoning_tokens)::bigint
+FROM {UsageRollup._meta.db_table}
+WHERE usage_on >= %(start)s AND usage_on < %(end)s AND outcome = ANY(%(outcomes)s)
+GROUP BY 1, 2, 3, 4
+ORDER BY 1, 2, 3, 4
+"""
+
+
+def list_usage_segments(start: date, end: date, *, change_days: Iterable[date]) -> Iterator[UsageSegment]:
+    """Yield billable usage of days `[start, end)` of the tenants' zones, cut at `change_days`, in a stable order."""
+    starts: Sequence[date] = [first for first, _ in build_segments(start, end, change_days=change_days)]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            _SUM_SEGMENTS,
+            {
+                "starts": starts,
+                "start": start,
+                "end": end,
+                "outcomes": [outcome.value for outcome in BILLABLE_OUTCOMES],
+            },
+        )
+        for tenant_id, served_model_id, upstream_id, segment, *counts in cursor.fetchall():
+            input_tokens, cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens = counts
+            yield UsageSegment(
+                tenant_id=tenant_id,
+                served_model_id=served_model_id,
+                upstream_id=upstream_id,
+                starts_on=starts[segment - 1],
+                quantities=split_token_kinds(
+                    input_tokens=input_tokens,
+                    cached_input_tokens=cached_input_tokens,
+                    cache_write_tokens=cache_write_tokens,
+                    output_tokens=output_tokens,
+                    reasoning_tokens=reasoning_tokens,
+                ),
+            )
+
+
+def list_usage_months(start: date, end: date) -> list[Month]:
+    """Return the months of days `[start, end)` that have any usage, oldest first."""
+    days = UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end)
+    return [Month.of(day) for day in days.dates("usage_on", "month")]
+
+
+def list_used_zones(start: date, end: date) -> list[str]:
+    """Return the IANA zones of the tenants that used anything on days `[start, end)`."""
+    used = UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end).order_by().values("tenant_id").distinct()
+    return sorted(Tenant.objects.filter(pk__in=used).values_list("timezone", flat=True).distinct().order_by())
