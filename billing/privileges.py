@@ -17,6 +17,7 @@ INSERT_ONLY_TABLES = (
     "billing_journalentry",
     "billing_posting",
     "billing_journalkey",
+    "billing_book",
     "billing_auditrecord",
     "metering_usage_event",
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from typing import Any
 
 from django.db import IntegrityError, connection, transaction
 
@@ -134,13 +135,13 @@ def _check_key(key: str) -> str:
 
 
 def _deduplicate(requests: Sequence[_Request]) -> list[_Request]:
-    """Return one request per identity, in the order in which every caller locks keys, so that none deadlock."""
+    """Return one request per identity, in the order given."""
     unique: dict[tuple[int, str], _Request] = {}
     for request in requests:
         first = unique.setdefault(request.identity, request)
         if first.payload_sha256 != request.payload_sha256:
             raise IdempotencyConflictError(f"one call posts two payloads under the key {request.key!r}")
-    return [unique[identity] for identity in sorted(unique)]
+    return list(unique.values())
 
 
 def _post_once(requests: Sequence[_Request]) -> dict[tuple[int, str], int]:
@@ -150,38 +151,42 @@ def _post_once(requests: Sequence[_Request]) -> dict[tuple[int, str], int]:
             "SELECT nextval(pg_get_serial_sequence('billing_journalentry', 'id')) FROM generate_series(1, %s)",
             [len(requests)],
         )
-        ids = [row[0] for row in cursor.fetchall()]
-        # The key goes first (its foreign key is deferred): it decides which of two writers makes the entry.
-        cursor.execute(
-            """
-            INSERT INTO billing_journalkey (book_id, key, payload_sha256, journal_entry_id)
-            SELECT * FROM unnest(%s::bigint[], %s::text[], %s::bytea[], %s::bigint[])
-            ON CONFLICT (book_id, key) DO NOTHING
-            RETURNING book_id, key, journal_entry_id
-            """,
-            [
-                [request.book_id for request in requests],
-                [request.key for request in requests],
-                [request.payload_sha256 for request in requests],
-                ids,
-            ],
-        )
-        entry_ids: dict[tuple[int, str], int] = {(book, key): entry for book, key, entry in cursor.fetchall()}
-        new = [
-            (entry_ids[request.identity], request.draft, request.book_id)
-            for request in requests
-            if request.identity in entry_ids
-        ]
-        old = [request for request in requests if request.identity not in entry_ids]
-        if new:
-            _copy_entries(cursor, new)
-    if old:
-        entry_ids |= _match_earlier(old)
-    return entry_ids
+        numbered = [(row[0], request) for row, request in zip(cursor.fetchall(), requests, strict=True)]
+        new_identities = _take_keys(cursor, numbered)
+        new = [(entry_id, request) for entry_id, request in numbered if request.identity in new_identities]
+        _copy_entries(cursor, new)
+    earlier = [request for request in requests if request.identity not in new_identities]
+    return {request.identity: entry_id for entry_id, request in new} | _match_earlier(earlier)
+
+
+def _take_keys(cursor: Any, numbered: Sequence[tuple[int, _Request]]) -> set[tuple[int, str]]:
+    """Insert the keys and return those that were free.
+
+    The key goes in before its entry (the foreign key is deferred): it decides which of two writers makes the entry.
+    Every writer takes keys in the same order, so that none deadlock.
+    """
+    ordered = sorted(numbered, key=lambda pair: pair[1].identity)
+    cursor.execute(
+        """
+        INSERT INTO billing_journalkey (book_id, key, payload_sha256, journal_entry_id)
+        SELECT * FROM unnest(%s::bigint[], %s::text[], %s::bytea[], %s::bigint[])
+        ON CONFLICT (book_id, key) DO NOTHING
+        RETURNING book_id, key
+        """,
+        [
+            [request.book_id for _, request in ordered],
+            [request.key for _, request in ordered],
+            [request.payload_sha256 for _, request in ordered],
+            [entry_id for entry_id, _ in ordered],
+        ],
+    )
+    return set(cursor.fetchall())
 
 
 def _match_earlier(requests: Sequence[_Request]) -> dict[tuple[int, str], int]:
     """Return the entries that the keys already have; refuse another payload."""
+    if not requests:
+        return {}
     with connection.cursor() as cursor:
         cursor.execute(
             """
@@ -205,7 +210,7 @@ def _match_earlier(requests: Sequence[_Request]) -> dict[tuple[int, str], int]:
     return entry_ids
 
 
-def _copy_entries(cursor, new: Sequence[tuple[int, JournalDraft, int]]) -> None:
+def _copy_entries(cursor: Any, new: Sequence[tuple[int, _Request]]) -> None:
     """COPY entries, then their postings: some 15 µs a row, where save() takes 400."""
     try:
         # copy() bypasses the wrapper of Django's cursor, which turns psycopg's errors into Django's.
@@ -216,11 +221,12 @@ def _copy_entries(cursor, new: Sequence[tuple[int, JournalDraft, int]]) -> None:
                 " reverses_id, posting_count) FROM STDIN"
             ) as copy,
         ):
-            for entry_id, draft, book_id in new:
+            for entry_id, request in new:
+                draft = request.draft
                 copy.write_row(
                     (
                         entry_id,
-                        book_id,
+                        request.book_id,
                         draft.kind,
                         draft.description,
                         draft.effective_on,
@@ -237,8 +243,8 @@ def _copy_entries(cursor, new: Sequence[tuple[int, JournalDraft, int]]) -> None:
                 " served_model_id, agreement_id) FROM STDIN"
             ) as copy,
         ):
-            for entry_id, draft, _ in new:
-                for position, posting in enumerate(draft.postings, start=1):
+            for entry_id, request in new:
+                for position, posting in enumerate(request.draft.postings, start=1):
                     copy.write_row(
                         (
                             entry_id,

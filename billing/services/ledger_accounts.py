@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.apps.registry import Apps
+from django.apps.registry import apps as installed_apps
 from django.db.models.signals import post_migrate
 
 from billing.core.chart_of_accounts import ACCOUNTS
@@ -20,7 +21,7 @@ def connect() -> None:
     post_migrate.connect(synchronise_accounts, dispatch_uid="tollbook-chart-of-accounts")
 
 
-def synchronise_accounts(*, using: str, apps: Apps, app_config: Any = None, **_: Any) -> None:
+def synchronise_accounts(*, using: str, app_config: Any = None, apps: Apps = installed_apps, **_: Any) -> None:
     """Add what is missing and rename what was renamed. Accounts are never deleted.
 
     Raises ChartConflictError where an account changed its type: its old postings would change sides.
