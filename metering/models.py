@@ -44,12 +44,13 @@ class CatalogSnapshotRecord(models.Model):
 
 
 class StreamPartition(models.Model):
-    """One usage stream. Whoever holds its row lock owns the partition; the cursor is the last entry recorded."""
+    """One usage stream. Whoever holds its row lock owns it; the cursor is the last entry recorded."""
 
     partition = models.SmallIntegerField(primary_key=True)
     cursor = models.CharField(max_length=41, default="0-0", help_text="id of the last stream entry recorded")
     regressions = models.IntegerField(
-        default=0, help_text="times that new entries came below the cursor: the server lost data or its clock went back"
+        default=0,
+        help_text="times that new entries came below the cursor: the server lost data or its clock went back",
     )
     updated_at = models.DateTimeField(db_default=Now())
 
@@ -87,7 +88,7 @@ class Producer(models.Model):
 
 
 class SequenceGap(models.Model):
-    """Sequence numbers that a producer has used and that have not arrived: a loss, until `closed_at` says otherwise."""
+    """Sequence numbers that a producer used and that have not arrived: a loss until `closed_at` is set."""
 
     producer = models.ForeignKey(Producer, on_delete=models.PROTECT, related_name="gaps")
     first_seq = models.BigIntegerField()
@@ -105,7 +106,8 @@ class SequenceGap(models.Model):
         ]
         constraints = [
             models.CheckConstraint(
-                condition=models.Q(first_seq__gte=1, last_seq__gte=models.F("first_seq")), name="metering_gap_bounds"
+                condition=models.Q(first_seq__gte=1, last_seq__gte=models.F("first_seq")),
+                name="metering_gap_bounds",
             ),
         ]
 
@@ -289,7 +291,9 @@ class QuarantinedEvent(models.Model):
         db_table = "metering_quarantined_event"
         ordering = ("-id",)
         indexes = [
-            models.Index(fields=("reason", "id"), condition=models.Q(state="HELD"), name="metering_quarantine_held"),
+            models.Index(
+                fields=("reason", "id"), condition=models.Q(state="HELD"), name="metering_quarantine_held"
+            ),
             models.Index(fields=("tenant_id", "counted_hour"), name="metering_quarantine_hour"),
         ]
         constraints = [
@@ -344,7 +348,7 @@ class SupersededEvent(models.Model):
 
 
 class DeadLetter(models.Model):
-    """A stream entry that could not be decoded or stored, with its bytes. The partition went on without it."""
+    """A stream entry that could not be decoded or stored, with its bytes. The partition went on."""
 
     partition = models.SmallIntegerField()
     stream_id = models.CharField(max_length=41)
@@ -367,7 +371,7 @@ class DeadLetter(models.Model):
 
 
 class ExternalIdentity(models.Model):
-    """The call id given to an event from outside: (source, external id) is recorded once, whatever its time."""
+    """The call id of an event from outside: (source, external id) is recorded once, whatever its time."""
 
     source = models.CharField(max_length=200)
     external_id = models.CharField(max_length=200)

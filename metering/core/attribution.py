@@ -1,4 +1,7 @@
-"""Attribution: whose event is it, and can its numbers be believed. What fails goes to quarantine, never to zero."""
+"""Attribution: whose event is it, and can its numbers be believed?
+
+What fails goes to quarantine with a reason and is never counted as zero.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +134,7 @@ def _find_number_reason(event: UsageEvent) -> QuarantineReason | None:
     cached, cache_write = event.cached_input_tokens, event.cache_write_tokens
     if not (
         0 <= cached <= TOKENS_MAX
-        and 0 <= cache_write
+        and cache_write >= 0
         and cached + cache_write <= event.input_tokens <= TOKENS_MAX
         and 0 <= event.reasoning_tokens <= event.output_tokens <= TOKENS_MAX
     ):
@@ -174,7 +177,9 @@ def _are_labels_storable(labels: dict[str, str]) -> bool:
 
 
 def _are_attempts_storable(event: UsageEvent) -> bool:
-    return len(event.attempts) <= ATTEMPTS_MAX and all(_is_storable(attempt.outcome) for attempt in event.attempts)
+    return len(event.attempts) <= ATTEMPTS_MAX and all(
+        _is_storable(attempt.outcome) for attempt in event.attempts
+    )
 
 
 def _find_route_reason(

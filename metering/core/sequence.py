@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,10 +47,13 @@ class SequenceAdvance:
         return sum(self.is_fresh)
 
 
-def advance_sequence(last_seq: int, open_gaps: Sequence[SequenceRange], seqs: Sequence[int]) -> SequenceAdvance:
-    """Return what the arrival of `seqs`, in this order, means after `last_seq` with `open_gaps` (sorted, disjoint).
+def advance_sequence(
+    last_seq: int, open_gaps: Sequence[SequenceRange], seqs: Sequence[int]
+) -> SequenceAdvance:
+    """Return what the arrival of `seqs`, in this order, means after `last_seq`.
 
-    A gap that opens and is filled within the batch was only a change of order and is not reported.
+    `open_gaps` are the ranges missing so far, sorted and disjoint. A gap that opens and is filled within the
+    batch was only a change of order and is not reported.
 
     >>> advance_sequence(2, (), (3, 6, 3, 5))
     SequenceAdvance(last_seq=6, is_fresh=(True, True, False, True), \
@@ -77,7 +81,7 @@ opened=(SequenceRange(first_seq=4, last_seq=4),), changes=())
 
 
 def _is_contiguous(seqs: Sequence[int]) -> bool:
-    return seqs[-1] - seqs[0] == len(seqs) - 1 and all(b - a == 1 for a, b in zip(seqs, seqs[1:], strict=False))
+    return seqs[-1] - seqs[0] == len(seqs) - 1 and all(b - a == 1 for a, b in pairwise(seqs))
 
 
 def _take_from_gap(gaps: list[SequenceRange], seq: int) -> bool:
@@ -91,7 +95,9 @@ def _take_from_gap(gaps: list[SequenceRange], seq: int) -> bool:
     return True
 
 
-def _compute_changes(before: Sequence[SequenceRange], after: Sequence[SequenceRange]) -> tuple[GapChange, ...]:
+def _compute_changes(
+    before: Sequence[SequenceRange], after: Sequence[SequenceRange]
+) -> tuple[GapChange, ...]:
     changes = []
     for gap in before:
         start = bisect_right(after, gap.first_seq - 1, key=lambda other: other.first_seq)

@@ -13,7 +13,7 @@ US_PER_HOUR = 3_600_000_000
 US_PER_DAY = 24 * US_PER_HOUR
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-# Offsets of all zones are multiples of a quarter of an hour today, so a quarter almost always lies in one day.
+# Offsets of zones are multiples of a quarter of an hour today: a quarter almost always lies in one day.
 _QUARTER_US = 15 * 60 * 1_000_000
 _REMEMBERED_MAX = 100_000
 
@@ -69,8 +69,10 @@ def get_utc_day(occurred_at_us: int) -> date:
 
 
 def compute_call_id_bounds(first_day: date, end_day: date) -> tuple[uuid.UUID, uuid.UUID]:
-    """Return the smallest call ids of two UTC days: events from `first_day` to before `end_day` lie in `[a, b)`."""
-    return compute_call_id_floor(_get_midnight_us(first_day)), compute_call_id_floor(_get_midnight_us(end_day))
+    """Return `(a, b)`: the call ids of the UTC days from `first_day` to before `end_day` are in `[a, b)`."""
+    return compute_call_id_floor(_get_midnight_us(first_day)), compute_call_id_floor(
+        _get_midnight_us(end_day)
+    )
 
 
 def compute_call_id_floor(at_us: int) -> uuid.UUID:

@@ -3,8 +3,9 @@
 import django.db.models.deletion
 import django.db.models.expressions
 import django.db.models.functions.datetime
-import metering.models
 from django.db import migrations, models
+
+import metering.models
 
 
 class Migration(migrations.Migration):

@@ -1,0 +1,121 @@
+"""Quarantine: release what can be attributed by now, void what never will be. Who and why stay on record."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from django.db import connection, transaction
+from django.db.models import QuerySet
+from django.db.models.functions import Now
+
+from gateway.contract import usage_event
+from metering.catalog import load_catalog
+from metering.core.attribution import CATALOG_REASONS, find_quarantine_reason
+from metering.core.windows import US_PER_HOUR, get_at_us
+from metering.event_partitions import ensure_event_partitions
+from metering.models import QuarantinedEvent, Recording
+from metering.recording import Arrival, ArrivalState, EventRecorder, RecordingOrigin
+from metering.recording_sql import write_hourly_counts
+
+_BATCH_SIZE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseResult:
+    """`released` are rolled up; `refused` were duplicates or conflicts of recorded calls; `held` stay."""
+
+    released: int = 0
+    refused: int = 0
+    held: int = 0
+
+    def __add__(self, other: ReleaseResult) -> ReleaseResult:
+        return ReleaseResult(
+            self.released + other.released, self.refused + other.refused, self.held + other.held
+        )
+
+
+def release_quarantined_events(
+    ids: Sequence[int] | None = None, *, actor_name: str, note: str
+) -> ReleaseResult:
+    """Try held events again with today's catalog and record those that pass; all of them where `ids` is None.
+
+    An event passes where its reason is gone; `sequence_reused` is no fault of the event's own, so releasing it is
+    the decision that it is another call. What does not pass stays held, with the reason it has now.
+    """
+    held = QuarantinedEvent.objects.filter(state=QuarantinedEvent.State.HELD)
+    if ids is not None:
+        held = held.filter(pk__in=ids)
+    return _release(held, actor_name, note)
+
+
+def release_attributable_events() -> ReleaseResult:
+    """Release what a newer catalog explains. Events tried with the newest one are not tried again."""
+    held = QuarantinedEvent.objects.filter(
+        state=QuarantinedEvent.State.HELD,
+        reason__in=CATALOG_REASONS,
+        catalog_version__lt=load_catalog().snapshot.version,
+    )
+    return _release(held, "metering", "attributable with a newer catalog")
+
+
+def _release(held: QuerySet[QuarantinedEvent], actor_name: str, note: str) -> ReleaseResult:
+    ids = list(held.order_by("pk").values_list("pk", flat=True))
+    result = ReleaseResult()
+    for start in range(0, len(ids), _BATCH_SIZE):
+        with transaction.atomic():
+            result += _release_batch(ids[start : start + _BATCH_SIZE], actor_name, note)
+    return result
+
+
+def _release_batch(ids: list[int], actor_name: str, note: str) -> ReleaseResult:
+    rows = list(
+        QuarantinedEvent.objects.select_for_update(of=("self",))
+        .select_related("producer")
+        .filter(pk__in=ids, state=QuarantinedEvent.State.HELD)
+        .order_by("pk")
+    )
+    catalog = load_catalog().attribution
+    now_us = time.time_ns() // 1000
+    passing: list[tuple[QuarantinedEvent, Arrival]] = []
+    for row in rows:
+        event = usage_event.from_wire(bytes(row.body))
+        is_key_required = row.producer.partition is not None
+        reason = find_quarantine_reason(event, catalog, now_us=now_us, is_key_required=is_key_required)
+        if reason is None:
+            passing.append((row, Arrival(event, bytes(row.body), row.producer_id, is_replay=False)))
+        else:
+            row.reason, row.catalog_version = reason, catalog.version
+            row.save(update_fields=["reason", "catalog_version"])
+    if not passing:
+        return ReleaseResult(held=len(rows))
+    arrivals = [arrival for _, arrival in passing]
+    ensure_event_partitions((arrival.event for arrival in arrivals), now_us=now_us)
+    _uncount([row for row, _ in passing])
+    recorder = EventRecorder(catalog, RecordingOrigin(Recording.Kind.RELEASE), is_key_required=False)
+    recorded = recorder.record(arrivals)
+    released = 0
+    for (row, _), state in zip(passing, recorded.states, strict=True):
+        is_rolled_up = state == ArrivalState.ROLLED_UP
+        released += is_rolled_up
+        row.state = QuarantinedEvent.State.RELEASED if is_rolled_up else QuarantinedEvent.State.REFUSED
+        row.resolved_at, row.resolved_by, row.resolution_note = Now(), actor_name, note
+        row.save(update_fields=["state", "resolved_at", "resolved_by", "resolution_note"])
+    return ReleaseResult(released, len(passing) - released, len(rows) - len(passing))
+
+
+def _uncount(rows: Sequence[QuarantinedEvent]) -> None:
+    """Take held events out of the counts; recording them puts each back in the state it gets."""
+    counts = Counter((row.tenant_id, get_at_us(row.counted_hour) // US_PER_HOUR) for row in rows)
+    cells = {key: {"received": -count, "quarantined": -count} for key, count in counts.items()}
+    with connection.cursor() as cursor:
+        write_hourly_counts(cursor, cells)
+
+
+def void_quarantined_events(ids: Sequence[int], *, actor_name: str, note: str) -> int:
+    """Decide that held events are never to be summed; return how many were held until now."""
+    return QuarantinedEvent.objects.filter(pk__in=ids, state=QuarantinedEvent.State.HELD).update(
+        state=QuarantinedEvent.State.VOIDED, resolved_at=Now(), resolved_by=actor_name, resolution_note=note
+    )

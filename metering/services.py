@@ -1,0 +1,25 @@
+"""What other packages may do to metering. Reading is in `selectors.py`."""
+
+from metering.catalog import store_catalog_snapshot
+from metering.consumer import DrainResult, drain_partition, ensure_stream_partitions
+from metering.event_partitions import create_partitions_ahead
+from metering.quarantine import (
+    ReleaseResult,
+    release_attributable_events,
+    release_quarantined_events,
+    void_quarantined_events,
+)
+from metering.rolling_up import roll_up
+
+__all__ = [
+    "DrainResult",
+    "ReleaseResult",
+    "create_partitions_ahead",
+    "drain_partition",
+    "ensure_stream_partitions",
+    "release_attributable_events",
+    "release_quarantined_events",
+    "roll_up",
+    "store_catalog_snapshot",
+    "void_quarantined_events",
+]
