@@ -10,7 +10,7 @@ from typing import Any
 
 from django.contrib.auth.models import AbstractBaseUser
 from django.core.exceptions import ValidationError
-from django.db import models
+from django.db import IntegrityError, models, transaction
 from django.db.models import Q
 
 from billing.core import catalog_file as file
@@ -167,7 +167,12 @@ class CatalogSync:
                 )
             return _guard_end(changed, lambda start, end: has_rated_usage(card, start, end))
 
-        card = self._sync(
+        def store_rates(card: RateCard) -> None:
+            card.rates.all().delete()
+            for kind, price in row.rates.items():
+                Rate.objects.create(rate_card=card, token_kind=kind, price_per_mtok=price)
+
+        self._sync(
             f"price_books {book.slug!r} {label_row('rate_cards', row)}",
             RateCard,
             identity={
@@ -177,13 +182,9 @@ class CatalogSync:
             },
             values=_pick(row, ("effective_to", "source", "source_on")),
             guard=guard,
+            after_save=store_rates if differences else lambda card: None,
             other_differences=differences,
         )
-        if card is not None and differences:
-            card.rates.all().delete()
-            Rate.objects.bulk_create(
-                Rate(rate_card=card, token_kind=kind, price_per_mtok=price) for kind, price in row.rates.items()
-            )
 
     def _sync_upstream(self, row: file.UpstreamRow) -> None:
         names = (
@@ -329,9 +330,13 @@ class CatalogSync:
         identity: Mapping[str, Any],
         values: Mapping[str, Any] | None = None,
         guard: Callable[[Row, Differences], str] = lambda stored, differences: "",
+        after_save: Callable[[Row], None] = lambda row: None,
         other_differences: Differences | None = None,
     ) -> Row | None:
-        """Store one row and note the change; return it, or None where it is refused."""
+        """Store one row and note the change; return it, or None where it is refused.
+
+        `other_differences` and `after_save` are for what is stored beside the row, as the rates of a card are.
+        """
         manager = model._default_manager
         row = manager.filter(**identity).first()
         is_new = row is None
@@ -351,12 +356,15 @@ class CatalogSync:
                 setattr(row, name, differences[name][1])
         if is_new or differences:
             try:
-                row.full_clean()
-            except ValidationError as error:
+                # The database has guards of its own; a savepoint lets the rest of the file be compared all the same.
+                with transaction.atomic():
+                    row.full_clean()
+                    row.save()
+                    after_save(row)
+                    self._record(row, is_new=is_new, record=record, differences=differences)
+            except (ValidationError, IntegrityError) as error:
                 self._note("refused", record, differences=differences, reason=_explain(error))
                 return None
-            row.save()
-            self._record(row, is_new=is_new, record=record, differences=differences)
         kind = "added" if is_new else "changed" if differences else "unchanged"
         self._note(kind, record, differences=differences)
         return row
@@ -409,9 +417,9 @@ def _show(value: Any) -> str:
     return str(getattr(value, "slug", value))
 
 
-def _explain(error: ValidationError) -> str:
-    """Return what a model refuses, and what to do where its days overlap another version's."""
-    messages = " ".join(error.messages)
+def _explain(error: ValidationError | IntegrityError) -> str:
+    """Return what a model or the database refuses, and what to do where days overlap another version's."""
+    messages = " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
     if "_one_per_day" in messages:
         return "its days overlap those of one that is stored; end that one first (effective_to)"
     return messages

@@ -10,6 +10,7 @@ from django.contrib.auth.models import AbstractBaseUser
 from django.db import transaction
 from django.utils import timezone as clock
 
+from billing.core.currencies import get_exponent
 from billing.core.errors import BillingError, InvalidInputError
 from billing.models import Contract, Party, PriceBook, Tenant
 from billing.services.audit import record_audit
@@ -43,6 +44,7 @@ def create_tenant(
         if tenant is not None:
             _refuse_other_values(tenant, name=name, currency=currency, timezone=timezone, price_book=price_book)
             return tenant, False
+        get_exponent(currency)
         book = _choose_price_book(currency, price_book)
         party, _ = Party.objects.get_or_create(slug=slug, defaults={"name": name})
         tenant = Tenant(party=party, currency=currency, timezone=timezone)
