@@ -1,0 +1,219 @@
+"""Admission: limits and the hold, all or nothing, in one round trip; without Redis, the intent goes to the spool."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+from gateway.calls import Call, build_hold, compute_estimate_nano, get_month
+from gateway.contract.catalog_snapshot import UpstreamRecord
+from gateway.contract.usage_event import TOKENS_MAX
+from gateway.errors import (
+    RATE_LIMIT,
+    GatewayError,
+    RedisReplyError,
+    RedisUnavailableError,
+    SpoolFullError,
+    build_metering_unavailable,
+)
+from gateway.event_log import EventLog
+from gateway.redis_connection import RedisConnection, Script
+from gateway.settings import Settings
+from gateway.snapshot_reader import LIMIT_MAX, Caller
+from gateway.spool import SpooledIntent
+from gateway.tokenizer import estimate_input_tokens
+
+log = logging.getLogger("gateway.admission")
+
+ADMIT = Script("admit")
+CANCEL = Script("cancel")
+CHOICES_MAX = 128
+WINDOW_S = 60
+NO_RETRY = (b"x-should-retry", b"false")
+
+_SCOPE_NAMES = {1: "tenant", 2: "API key"}
+_LIMIT_TEXTS = {
+    b"requests": "requests per minute",
+    b"tokens": "tokens per minute",
+    b"concurrent_calls": "concurrent calls",
+    b"budget": "monthly budget",
+}
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+class Admission:
+    """Admits calls, and releases the holds of those that were never forwarded."""
+
+    def __init__(self, redis: RedisConnection, event_log: EventLog, settings: Settings) -> None:
+        self._redis = redis
+        self._event_log = event_log
+        self._lease_ms = settings.lease_s * 1000
+        self._spool_age_max_s = settings.spool_age_max_s
+        # Calls that were refused although a lost reply may have said yes: released after the reconnect.
+        self._to_cancel: dict[str, Caller] = {}
+        redis.add_listener(self)
+
+    async def admit(self, call: Call, upstream: UpstreamRecord, *, in_flight: int) -> Headers:
+        """Place the hold of `call`, or raise GatewayError (429, 503). Return the rate-limit headers."""
+        caller = call.caller
+        if caller.unenforceable_limit is not None:
+            raise GatewayError(
+                403,
+                "limit_not_enforceable",
+                f"The limit {caller.unenforceable_limit} of this tenant is too large to be enforced.",
+            )
+        if call.estimate_nano > LIMIT_MAX:
+            raise GatewayError(400, "call_too_expensive", "The most that this call can cost is too large.")
+        hold = build_hold(call, upstream, self._event_log.producer)
+        keys = caller.keys
+        try:
+            reply = await self._redis.call_script(
+                ADMIT,
+                (
+                    keys.holds,
+                    keys.leases,
+                    *caller.scope_keys,
+                    *keys.get_month_keys(
+                        caller.tenant.tenant_id, caller.api_key.api_key_id, get_month(call.occurred_at_us)
+                    ),
+                    *caller.rate_keys,
+                ),
+                call.call_id,
+                hold,
+                self._lease_ms,
+                call.estimate_nano,
+                call.estimate_tokens,
+                *caller.limit_arguments,
+            )
+        except (RedisUnavailableError, RedisReplyError) as error:
+            await self._admit_without_redis(call, hold, error, in_flight=in_flight)
+            return ()
+        if reply[0] == 0:
+            raise _build_limit_error(reply)
+        if not caller.has_rate_limit:
+            return ()
+        call.rate_second = reply[1]
+        return build_rate_limit_headers(caller, reply[2:])
+
+    def cancel(self, call: Call) -> None:
+        """Release the hold of a call that was not forwarded."""
+        self._to_cancel[call.call_id] = call.caller
+        if self._redis.is_up:
+            self._send_cancels()
+
+    def on_redis_up(self) -> None:
+        """Release what could not be released."""
+        self._send_cancels()
+
+    def on_redis_down(self) -> None:
+        """Nothing to do: what is unanswered is kept."""
+
+    async def _admit_without_redis(self, call: Call, hold: bytes, error: Exception, *, in_flight: int) -> None:
+        caller = call.caller
+        if isinstance(error, RedisReplyError):
+            log.error("admission was refused by the Redis-protocol server: %s", error)
+            if str(error).startswith("NOSCRIPT"):
+                self._redis.break_connection()
+        if caller.needs_redis or not self._event_log.can_spool(in_flight, age_max_s=self._spool_age_max_s):
+            self.cancel(call)
+            raise build_metering_unavailable()
+        intent = SpooledIntent(
+            partition=caller.keys.partition,
+            call_id=call.call_id,
+            tenant_id=caller.tenant.tenant_id,
+            api_key_id=caller.api_key.api_key_id,
+            hold=hold,
+            lease_ms=self._lease_ms,
+        )
+        try:
+            await self._event_log.spool_intent(intent)
+        except SpoolFullError:
+            self.cancel(call)
+            raise build_metering_unavailable() from None
+        call.has_spooled_intent = True
+
+    def _send_cancels(self) -> None:
+        for call_id, caller in list(self._to_cancel.items()):
+            keys = caller.keys
+            self._redis.send(
+                (
+                    b"EVALSHA",
+                    CANCEL.sha,
+                    5,
+                    keys.holds,
+                    keys.leases,
+                    keys.progress,
+                    *caller.scope_keys,
+                    call_id,
+                ),
+                partial(self._on_cancelled, call_id),
+            )
+
+    def _on_cancelled(self, call_id: str, reply: Any) -> None:
+        if not isinstance(reply, Exception):
+            self._to_cancel.pop(call_id, None)
+
+
+def estimate_call(call: Call) -> None:
+    """Set the most that `call` can use: input by its size, output by its limits, times the number of choices."""
+    body = call.request.json
+    context = call.model.context_tokens_max or TOKENS_MAX
+    prompts = 1
+    if call.endpoint == "completions" and isinstance(body.get("prompt"), list):
+        prompts = max(1, len(body["prompt"]))
+    input_tokens = min(estimate_input_tokens(len(call.request.body)), context * prompts)
+    output_tokens = 0
+    if call.endpoint != "embeddings":
+        bounds = [_read_count(body.get(name)) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
+        asked = max((bound for bound in bounds if bound is not None), default=call.model.output_tokens_max)
+        choices = max(_read_count(body.get("n")) or 1, _read_count(body.get("best_of")) or 1)
+        output_tokens = min(asked, context) * min(choices, CHOICES_MAX) * prompts
+    call.estimate_tokens = input_tokens + output_tokens
+    call.estimate_nano = compute_estimate_nano(call.price, input_tokens=input_tokens, output_tokens=output_tokens)
+
+
+def build_rate_limit_headers(caller: Caller, used: list[int]) -> Headers:
+    """Return `x-ratelimit-*` of the tighter of the two scopes; `used` is requests and tokens of each."""
+    headers: list[tuple[bytes, bytes]] = []
+    tenant, key = caller.tenant.limits, caller.api_key.limits
+    for name, maxima, counts in (
+        (b"requests", (tenant.requests_per_minute, key.requests_per_minute), (used[0], used[2])),
+        (b"tokens", (tenant.tokens_per_minute, key.tokens_per_minute), (used[1], used[3])),
+    ):
+        scopes = [
+            (max(0, maximum - count), maximum)
+            for maximum, count in zip(maxima, counts, strict=True)
+            if maximum is not None
+        ]
+        if scopes:
+            remaining, limit = min(scopes)
+            headers.append((b"x-ratelimit-limit-" + name, b"%d" % limit))
+            headers.append((b"x-ratelimit-remaining-" + name, b"%d" % remaining))
+            headers.append((b"x-ratelimit-reset-" + name, b"1m0s"))
+    return tuple(headers)
+
+
+def _build_limit_error(reply: list[Any]) -> GatewayError:
+    """Return the 429 of a refused admission; `reply` is `{0, limit, scope, wait, used}` of `admit.lua`."""
+    limit, scope, wait_s = reply[1], _SCOPE_NAMES[reply[2]], reply[3]
+    text = _LIMIT_TEXTS[limit]
+    if wait_s == 0:
+        # A retry cannot help this month, or ever: clients must not triple the load of a broke tenant.
+        if limit == b"budget":
+            message = f"The {text} of this {scope} is used up. It is renewed on the first of next month (UTC)."
+            return GatewayError(429, "insufficient_quota", message, type="insufficient_quota", headers=(NO_RETRY,))
+        message = f"This call alone asks for more than the limit of {text} of this {scope}."
+        return GatewayError(429, "rate_limit_exceeded", message, type=RATE_LIMIT, headers=(NO_RETRY,))
+    return GatewayError(
+        429,
+        "rate_limit_exceeded",
+        f"The limit of {text} of this {scope} is reached by calls that are running or recent. Retry in {wait_s} s.",
+        type=RATE_LIMIT,
+        headers=((b"retry-after", b"%d" % min(wait_s, WINDOW_S)),),
+    )
+
+
+def _read_count(value: object) -> int | None:
+    """Return a positive JSON integer, or None for anything else: the upstream will refuse it."""
+    return min(value, TOKENS_MAX) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -1,0 +1,352 @@
+"""The ASGI application: routes and lifespan. No route forwards without metering; any other path is 404."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+
+from gateway import relay
+from gateway.admission import ADMIT, CANCEL, Admission, estimate_call
+from gateway.authentication import Authenticator, check_scope
+from gateway.calls import Call, read_labels
+from gateway.contract.catalog_snapshot import ServedModelRecord
+from gateway.errors import SERVER, GatewayError, RedisUnavailableError, build_metering_unavailable
+from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
+from gateway.exchange import ClientGoneError, Exchange
+from gateway.providers.base import CallRequest
+from gateway.redis_connection import RedisConnection
+from gateway.routing import CircuitBreakers
+from gateway.settings import Settings
+from gateway.snapshot_reader import Caller, Catalog, Offer, SnapshotReader
+from gateway.spool import open_own_spool
+from gateway.sweeper import LIST_EXPIRED, RENEW, Sweeper
+from gateway.telemetry import Telemetry
+from gateway.upstream import UpstreamPool
+from gateway.usage_report import build_usage_report
+
+log = logging.getLogger("gateway")
+
+JSON_TYPE = (b"content-type", b"application/json")
+# Of the tenant's headers only these go on to a provider: never its key, its cookies or its SDK's marks.
+FORWARDED_HEADERS = frozenset((b"traceparent", b"tracestate"))
+ENDPOINTS = {
+    "/v1/chat/completions": "chat.completions",
+    "/v1/completions": "completions",
+    "/v1/embeddings": "embeddings",
+}
+MODELS_PATH = "/v1/models"
+USAGE_PATH = "/v1/usage"
+
+
+class CannotStartError(RuntimeError):
+    """The gateway cannot record usage, so it does not start; the message says what to set."""
+
+    code = "cannot_start"
+
+
+class GatewayApp:
+    """One gateway process: its connections, its in-flight calls and its routes."""
+
+    def __init__(self, settings: Settings, *, worker: str = "0") -> None:
+        self._settings = settings
+        self._worker = worker
+        self._authenticator = Authenticator(settings.api_key_pepper)
+        self._background: list[asyncio.Task[None]] = []
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Serve one ASGI connection scope."""
+        if scope["type"] == "lifespan":
+            await self._run_lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        exchange = Exchange(scope, receive, send)
+        try:
+            await self._route(exchange)
+        except GatewayError as error:
+            self._telemetry.requests_refused.add(1, (str(error.status), error.code))
+            await exchange.send_error(error)
+        except ClientGoneError:
+            return
+
+    # Life
+
+    async def startup(self) -> None:
+        """Connect, read the catalog, open the spool; raises CannotStartError."""
+        settings = self._settings
+        timeout_s = settings.redis_timeout_ms / 1000
+        scripts = (ADMIT, CANCEL, SETTLE, PLACE_HOLD, RENEW, LIST_EXPIRED)
+        self._telemetry = Telemetry(self._worker, settings.metrics_dir)
+        self._redis = RedisConnection(settings.redis_url, timeout_s=timeout_s, scripts=scripts)
+        producer = f"gw-{uuid.uuid4().hex}"
+        self._event_log = EventLog(
+            self._redis,
+            open_own_spool(settings.spool_dir, producer, bytes_max=settings.spool_bytes_max),
+            self._telemetry,
+            producer=producer,
+            settle_wait_s=settings.settle_wait_ms / 1000,
+        )
+        self._parts = relay.RelayParts(
+            admission=Admission(self._redis, self._event_log, settings),
+            event_log=self._event_log,
+            pool=UpstreamPool(),
+            breakers=CircuitBreakers(),
+            telemetry=self._telemetry,
+            settings=settings,
+        )
+        self._snapshots = SnapshotReader(
+            self._redis,
+            RedisConnection(settings.redis_url, timeout_s=timeout_s),
+            age_max_s=settings.snapshot_age_max_s,
+            sandbox_url=settings.sandbox_url,
+        )
+        self._sweeper = Sweeper(
+            redis=self._redis,
+            event_log=self._event_log,
+            snapshots=self._snapshots,
+            settings=settings,
+            telemetry=self._telemetry,
+            in_flight=self._parts.in_flight,
+        )
+        self._redis.start()
+        if not await self._redis.wait_up(settings.redis_start_wait_s):
+            raise CannotStartError(
+                "the Redis-protocol server cannot be reached, so usage could not be recorded: "
+                "check TOLLBOOK_REDIS_URL, or start the server"
+            )
+        await self._snapshots.start()
+        self._sweeper.start()
+        self._add_gauges()
+        self._background.append(asyncio.get_running_loop().create_task(self._publish_metrics()))
+        log.info("gateway process %s records as %s", self._worker, producer)
+
+    async def shutdown(self) -> None:
+        """Record what is still running, within a bound, and close."""
+        deadline = time.monotonic() + relay.STOP_WAIT_S
+        while self._parts.in_flight and time.monotonic() < deadline:  # noqa: ASYNC110 (only once, at the end)
+            await asyncio.sleep(0.01)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._sweeper.close()
+        await self._event_log.close()
+        await self._snapshots.close()
+        await self._parts.pool.close()
+        await self._redis.close()
+
+    async def _run_lifespan(self, receive: Any, send: Any) -> None:
+        await receive()
+        try:
+            await self.startup()
+        except CannotStartError as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.shutdown()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _publish_metrics(self) -> None:
+        while True:
+            try:
+                self._telemetry.publish()
+            except OSError as error:
+                log.error("metrics could not be published: %s", error)
+            await asyncio.sleep(1.0)
+
+    def _add_gauges(self) -> None:
+        telemetry, event_log, parts = self._telemetry, self._event_log, self._parts
+        telemetry.add_gauge("calls_in_flight", "Calls running.", lambda: len(parts.in_flight))
+        telemetry.add_gauge("redis_up", "Connected to the Redis-protocol server.", lambda: int(self._redis.is_up))
+        telemetry.add_gauge("events_unsettled", "Events not durable yet.", lambda: event_log.unsettled_count)
+        telemetry.add_gauge("spool_bytes", "Bytes in the spool.", lambda: event_log.spool.size_bytes)
+        telemetry.add_gauge("snapshot_age_seconds", "Since the catalog was confirmed.", self._snapshots.get_age_s)
+        telemetry.add_gauge(
+            "snapshot_version",
+            "Version of the catalog in use.",
+            lambda: self._snapshots.catalog.version if self._snapshots.catalog else 0,
+        )
+        telemetry.add_upstream_gauge(self._read_upstream_health)
+
+    def _read_upstream_health(self) -> dict[str, bool]:
+        catalog = self._snapshots.catalog
+        now = asyncio.get_running_loop().time()
+        return {
+            str(upstream.upstream_id): not self._parts.breakers.is_open(upstream.upstream_id, now=now)
+            for offer in (catalog.offers.values() if catalog else ())
+            for upstream in offer.upstreams
+        }
+
+    # Routes
+
+    async def _route(self, exchange: Exchange) -> None:
+        path = exchange.path
+        if not path.startswith("/v1/") and f"/v1{path}" in ENDPOINTS:
+            path = f"/v1{path}"
+        endpoint = ENDPOINTS.get(path)
+        if endpoint is not None:
+            _require_method(exchange, "POST")
+            await self._serve_call(exchange, endpoint)
+            return
+        route = self._find_read_route(path)
+        if route is None:
+            raise GatewayError(404, "unknown_url", f"Unknown request URL: {exchange.method} {exchange.path}.")
+        _require_method(exchange, "GET")
+        await route(exchange)
+
+    def _find_read_route(self, path: str) -> Callable[[Exchange], Awaitable[None]] | None:
+        if path in (MODELS_PATH, "/models"):
+            return self._serve_models
+        if path.startswith(f"{MODELS_PATH}/"):
+            return self._serve_model
+        return {
+            USAGE_PATH: self._serve_usage,
+            "/healthz": self._serve_health,
+            "/readyz": self._serve_readiness,
+            "/metrics": self._serve_metrics,
+        }.get(path)
+
+    async def _serve_call(self, exchange: Exchange, endpoint: str) -> None:
+        catalog, caller = self._authenticate(exchange)
+        body = await exchange.read_body(bytes_max=self._settings.request_bytes_max)
+        request = _parse_request(exchange, endpoint, body)
+        model_name = request.json.get("model")
+        if not isinstance(model_name, str) or not model_name:
+            raise GatewayError(400, "missing_model", "You must provide a model parameter.", param="model")
+        check_scope(caller, endpoint=endpoint, model_name=model_name)
+        offer = catalog.offers.get(model_name)
+        price = catalog.get_price(caller.tenant.tenant_id, offer.model.served_model_id) if offer else None
+        if offer is None or price is None:
+            raise _build_model_not_found(model_name)
+        if not offer.upstreams:
+            raise GatewayError(503, "no_upstream", f"No provider serves '{model_name}' now.", type=SERVER)
+        call = Call(
+            call_id=exchange.call_id,
+            occurred_at_us=exchange.occurred_at_us,
+            started_at=exchange.started_at,
+            caller=caller,
+            model=offer.model,
+            price=price,
+            endpoint=endpoint,
+            request=request,
+            labels=read_labels(request.json),
+        )
+        estimate_call(call)
+        await relay.Relay(self._parts, exchange, call).run(offer.upstreams)
+
+    def _authenticate(self, exchange: Exchange) -> tuple[Catalog, Caller]:
+        catalog = self._snapshots.get_usable()
+        if catalog is None:
+            raise GatewayError(
+                503,
+                "catalog_unavailable",
+                "The gateway has no current catalog.",
+                type=SERVER,
+                headers=((b"retry-after", b"1"),),
+            )
+        caller = self._authenticator.authenticate(
+            exchange.get_header(b"authorization"), catalog, now_ms=exchange.occurred_at_us // 1000
+        )
+        return catalog, caller
+
+    async def _serve_models(self, exchange: Exchange) -> None:
+        catalog, caller = self._authenticate(exchange)
+        data = [_describe_model(offer.model) for offer in _list_offers(catalog, caller)]
+        await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode({"object": "list", "data": data}))
+
+    async def _serve_model(self, exchange: Exchange) -> None:
+        catalog, caller = self._authenticate(exchange)
+        name = unquote(exchange.path[len(MODELS_PATH) + 1 :])
+        for offer in _list_offers(catalog, caller):
+            if offer.model.name == name:
+                await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(_describe_model(offer.model)))
+                return
+        raise _build_model_not_found(name)
+
+    async def _serve_usage(self, exchange: Exchange) -> None:
+        catalog, caller = self._authenticate(exchange)
+        try:
+            report = await build_usage_report(self._redis, caller, catalog)
+        except RedisUnavailableError:
+            raise build_metering_unavailable() from None
+        await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(report))
+
+    async def _serve_health(self, exchange: Exchange) -> None:
+        await exchange.send_whole(200, [JSON_TYPE], b'{"status":"ok"}')
+
+    async def _serve_readiness(self, exchange: Exchange) -> None:
+        """Not ready when recording would fail, or when there is no catalog."""
+        can_spool = self._event_log.can_spool(len(self._parts.in_flight), age_max_s=self._settings.spool_age_max_s)
+        checks = {
+            "catalog": self._snapshots.get_usable() is not None,
+            "redis": self._redis.is_up,
+            "spool": can_spool,
+        }
+        is_ready = checks["catalog"] and (checks["redis"] or can_spool)
+        body = msgspec.json.encode({"status": "ready" if is_ready else "not_ready", "checks": checks})
+        await exchange.send_whole(200 if is_ready else 503, [JSON_TYPE], body)
+
+    async def _serve_metrics(self, exchange: Exchange) -> None:
+        content_type = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+        await exchange.send_whole(200, [content_type], self._telemetry.render_all())
+
+
+def _require_method(exchange: Exchange, method: str) -> None:
+    if exchange.method != method:
+        raise GatewayError(
+            405,
+            "method_not_allowed",
+            f"Not allowed to {exchange.method} on {exchange.path}.",
+            headers=((b"allow", method.encode()),),
+        )
+
+
+def _parse_request(exchange: Exchange, endpoint: str, body: bytes) -> CallRequest:
+    try:
+        parsed = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise GatewayError(400, "invalid_json", "We could not parse the JSON body of your request.") from None
+    if not isinstance(parsed, dict):
+        raise GatewayError(400, "invalid_json", "The body of the request must be a JSON object.")
+    options = parsed.get("stream_options")
+    return CallRequest(
+        endpoint=endpoint,
+        body=body,
+        json=parsed,
+        streamed=parsed.get("stream") is True,
+        client_asked_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        headers=(*exchange.list_headers(FORWARDED_HEADERS), (b"x-request-id", exchange.call_id.encode())),
+    )
+
+
+def _list_offers(catalog: Catalog, caller: Caller) -> list[Offer]:
+    """Return what the key may use and the tenant's price book sells."""
+    allowed = caller.api_key.served_models
+    return [
+        offer
+        for name, offer in catalog.offers.items()
+        if (allowed is None or name in allowed)
+        and catalog.get_price(caller.tenant.tenant_id, offer.model.served_model_id) is not None
+    ]
+
+
+def _describe_model(model: ServedModelRecord) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_at_s,
+        "owned_by": model.owned_by,
+        "max_model_len": model.context_tokens_max,
+    }
+
+
+def _build_model_not_found(name: str) -> GatewayError:
+    message = f"The model '{name}' does not exist or you do not have access to it."
+    return GatewayError(404, "model_not_found", message, param="model")

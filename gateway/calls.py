@@ -1,0 +1,302 @@
+"""A call while it runs, and what is written of it: hold, progress, event, cost. No I/O."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord, UpstreamRecord
+from gateway.contract.token_kind import Outcome, TokenKind, UsageSource, split_token_kinds
+from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, to_wire
+from gateway.event_log import Settlement
+from gateway.providers.base import CallRequest, ReportedUsage, StreamMeter
+from gateway.snapshot_reader import Caller, Catalog, PartitionKeys
+
+TOKENS_PER_PRICE_UNIT = 1_000_000
+ATTEMPT_COMPLETED = "completed"
+# Bounds of what strangers can put into an event.
+TEXT_LENGTH_MAX = 256
+
+
+class HoldRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """The intent of a call, as it lies in Redis while the call runs. Scripts read `estimate_nano`: it is first."""
+
+    estimate_nano: int
+    producer: str
+    tenant_id: int
+    api_key_id: int
+    served_model_id: int
+    provider_id: int
+    upstream_id: int
+    occurred_at_us: int
+    endpoint: str
+    streamed: bool
+    region: str
+
+
+class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """The last known counts of a live call, in tokens, inclusive; renewed with its lease."""
+
+    provider_id: int
+    upstream_id: int
+    region: str
+    input_tokens: int
+    cached_input_tokens: int
+    cache_write_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One call from admission to settle. Times: `started_at` is monotonic seconds."""
+
+    call_id: str
+    occurred_at_us: int
+    started_at: float
+    caller: Caller
+    model: ServedModelRecord
+    price: PriceRecord
+    endpoint: str
+    request: CallRequest
+    labels: dict[str, str]
+    estimate_nano: int = 0
+    estimate_tokens: int = 0
+    rate_second: int | None = None
+    has_spooled_intent: bool = False
+    is_settled: bool = False
+    upstream: UpstreamRecord | None = None
+    meter: StreamMeter | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+    first_byte_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the end of a call says: how it ended, and the counts to record."""
+
+    outcome: Outcome
+    source: UsageSource
+    usage: ReportedUsage
+    finish_reason: str = ""
+    provider_request_id: str = ""
+    counted_input_tokens: int | None = None
+    counted_output_tokens: int | None = None
+
+
+NOTHING_USED = ReportedUsage(0, 0)
+
+
+def compute_cost_nano(price: PriceRecord, usage: ReportedUsage) -> int:
+    """Return the cost of `usage` in nano-currency, half up to a whole one; for counters and headers, not invoices."""
+    quantities = split_token_kinds(
+        input_tokens=usage.input_tokens,
+        cached_input_tokens=usage.cached_input_tokens,
+        cache_write_tokens=usage.cache_write_tokens,
+        output_tokens=usage.output_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+    )
+    total = (
+        quantities[TokenKind.INPUT] * price.input_nano_per_mtok
+        + quantities[TokenKind.CACHED_INPUT] * price.cached_input_nano_per_mtok
+        + quantities[TokenKind.CACHE_WRITE] * price.cache_write_nano_per_mtok
+        + quantities[TokenKind.OUTPUT] * price.output_nano_per_mtok
+        + quantities[TokenKind.REASONING] * price.reasoning_nano_per_mtok
+    )
+    return (total + TOKENS_PER_PRICE_UNIT // 2) // TOKENS_PER_PRICE_UNIT
+
+
+def compute_estimate_nano(price: PriceRecord, *, input_tokens: int, output_tokens: int) -> int:
+    """Return the most that a call can cost in nano-currency, rounded up: what the hold is for."""
+    input_nano = max(price.input_nano_per_mtok, price.cached_input_nano_per_mtok, price.cache_write_nano_per_mtok)
+    output_nano = max(price.output_nano_per_mtok, price.reasoning_nano_per_mtok)
+    return -(-(input_tokens * input_nano + output_tokens * output_nano) // TOKENS_PER_PRICE_UNIT)
+
+
+def format_nano(nano: int, currency: str) -> str:
+    """Return an amount as a decimal string with its currency.
+
+    >>> format_nano(450_000, "USD")
+    '0.00045 USD'
+    """
+    text = f"{nano // 10**9}.{nano % 10**9:09d}".rstrip("0").rstrip(".")
+    return f"{text} {currency}"
+
+
+def get_month(occurred_at_us: int) -> str:
+    """Return the UTC month of an instant, `YYYYMM`: the month whose budget it belongs to."""
+    moment = time.gmtime(occurred_at_us // 1_000_000)
+    return f"{moment.tm_year:04d}{moment.tm_mon:02d}"
+
+
+def build_hold(call: Call, upstream: UpstreamRecord, producer: str) -> bytes:
+    """Return the hold record of a call that is about to be admitted."""
+    return msgspec.msgpack.encode(
+        HoldRecord(
+            estimate_nano=call.estimate_nano,
+            producer=producer,
+            tenant_id=call.caller.tenant.tenant_id,
+            api_key_id=call.caller.api_key.api_key_id,
+            served_model_id=call.model.served_model_id,
+            provider_id=upstream.provider_id,
+            upstream_id=upstream.upstream_id,
+            occurred_at_us=call.occurred_at_us,
+            endpoint=call.endpoint,
+            streamed=call.request.streamed,
+            region=upstream.region,
+        )
+    )
+
+
+def build_progress(call: Call) -> bytes:
+    """Return the progress record of a live call, or b"" while nothing is known."""
+    usage = call.meter.last_usage if call.meter is not None else None
+    if usage is None or call.upstream is None:
+        return b""
+    return msgspec.msgpack.encode(
+        ProgressRecord(
+            provider_id=call.upstream.provider_id,
+            upstream_id=call.upstream.upstream_id,
+            region=call.upstream.region,
+            input_tokens=usage.input_tokens,
+            cached_input_tokens=usage.cached_input_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
+            output_tokens=usage.output_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+        )
+    )
+
+
+def build_settlement(call: Call, verdict: Verdict, *, total_us: int) -> Settlement:
+    """Return what the event log records of a call that ended as `verdict` says."""
+    assert call.upstream is not None
+    upstream = call.upstream
+    usage = verdict.usage
+    tenant = call.caller.tenant
+    is_billed = verdict.outcome is not Outcome.UPSTREAM_ERROR
+    is_plain = verdict.outcome is Outcome.COMPLETED and len(call.attempts) == 1
+
+    def build_event(producer: str, seq: int) -> bytes:
+        return to_wire(
+            UsageEvent(
+                call_id=call.call_id,
+                producer=producer,
+                seq=seq,
+                tenant_id=tenant.tenant_id,
+                api_key_id=call.caller.api_key.api_key_id,
+                served_model_id=call.model.served_model_id,
+                provider_id=upstream.provider_id,
+                upstream_id=upstream.upstream_id,
+                occurred_at_us=call.occurred_at_us,
+                outcome=verdict.outcome.value,
+                usage_source=verdict.source.value,
+                input_tokens=usage.input_tokens,
+                cached_input_tokens=usage.cached_input_tokens,
+                cache_write_tokens=usage.cache_write_tokens,
+                output_tokens=usage.output_tokens,
+                reasoning_tokens=usage.reasoning_tokens,
+                endpoint=call.endpoint,
+                streamed=call.request.streamed,
+                first_byte_us=call.first_byte_us,
+                total_us=total_us,
+                region=upstream.region,
+                finish_reason=verdict.finish_reason[:TEXT_LENGTH_MAX],
+                provider_request_id=verdict.provider_request_id[:TEXT_LENGTH_MAX],
+                counted_input_tokens=verdict.counted_input_tokens,
+                counted_output_tokens=verdict.counted_output_tokens,
+                attempts=() if is_plain else tuple(call.attempts),
+                labels=call.labels,
+            )
+        )
+
+    return Settlement(
+        keys=call.caller.keys,
+        call_id=call.call_id,
+        tenant_id=tenant.tenant_id,
+        api_key_id=call.caller.api_key.api_key_id,
+        month=get_month(call.occurred_at_us),
+        build_event=build_event,
+        has_spooled_intent=call.has_spooled_intent,
+        cost_nano=compute_cost_nano(call.price, usage) if is_billed else 0,
+        billed_model_id=call.model.served_model_id if is_billed else None,
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        rate_second=call.rate_second if call.caller.has_rate_limit else None,
+        tokens_difference=usage.input_tokens + usage.output_tokens - call.estimate_tokens,
+    )
+
+
+def build_abandoned_settlement(
+    call_id: str, hold: HoldRecord, progress: ProgressRecord | None, *, keys: PartitionKeys, catalog: Catalog
+) -> Settlement:
+    """Return what the sweeper records of a call whose gateway died: the last known counts, or none (`estimated`)."""
+    usage = NOTHING_USED
+    provider_id, upstream_id, region = hold.provider_id, hold.upstream_id, hold.region
+    if progress is not None:
+        usage = ReportedUsage(
+            input_tokens=progress.input_tokens,
+            output_tokens=progress.output_tokens,
+            cached_input_tokens=progress.cached_input_tokens,
+            cache_write_tokens=progress.cache_write_tokens,
+            reasoning_tokens=progress.reasoning_tokens,
+        )
+        provider_id, upstream_id, region = progress.provider_id, progress.upstream_id, progress.region
+    source = UsageSource.ESTIMATED if progress is None else UsageSource.PROVIDER_PARTIAL
+    price = catalog.get_price(hold.tenant_id, hold.served_model_id)
+
+    def build_event(producer: str, seq: int) -> bytes:
+        return to_wire(
+            UsageEvent(
+                call_id=call_id,
+                producer=producer,
+                seq=seq,
+                tenant_id=hold.tenant_id,
+                api_key_id=hold.api_key_id,
+                served_model_id=hold.served_model_id,
+                provider_id=provider_id,
+                upstream_id=upstream_id,
+                occurred_at_us=hold.occurred_at_us,
+                outcome=Outcome.ABANDONED.value,
+                usage_source=source.value,
+                input_tokens=usage.input_tokens,
+                cached_input_tokens=usage.cached_input_tokens,
+                cache_write_tokens=usage.cache_write_tokens,
+                output_tokens=usage.output_tokens,
+                reasoning_tokens=usage.reasoning_tokens,
+                endpoint=hold.endpoint,
+                streamed=hold.streamed,
+                region=region,
+            )
+        )
+
+    return Settlement(
+        keys=keys,
+        call_id=call_id,
+        tenant_id=hold.tenant_id,
+        api_key_id=hold.api_key_id,
+        month=get_month(hold.occurred_at_us),
+        build_event=build_event,
+        mode="sweep",
+        cost_nano=compute_cost_nano(price, usage) if price is not None else 0,
+        billed_model_id=hold.served_model_id,
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+    )
+
+
+def read_labels(body: dict[str, object]) -> dict[str, str]:
+    """Return the tenant's labels of a request: `user` and the text members of `metadata`, bounded."""
+    labels: dict[str, str] = {}
+    user = body.get("user")
+    if isinstance(user, str) and user:
+        labels["user"] = user[:LABEL_LENGTH_MAX]
+    metadata = body.get("metadata")
+    if isinstance(metadata, dict):
+        for name, value in metadata.items():
+            if len(labels) >= LABELS_MAX:
+                break
+            if isinstance(name, str) and isinstance(value, str):
+                labels[name[:LABEL_LENGTH_MAX]] = value[:LABEL_LENGTH_MAX]
+    return labels

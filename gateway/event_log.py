@@ -1,0 +1,437 @@
+"""The event log: an event is durable (in Redis, or in the fsynced spool) before the client sees the last byte.
+
+Every event of a partition gets the next `seq` of this process and is sent in that order on one connection; what
+is not acknowledged is sent again after a reconnect, and the script recognises it. When Redis stays away for
+longer than `settle_wait_ms`, everything unacknowledged goes to the spool, in order, and is replayed, in order,
+before anything newer. `gateway/README.md` has the protocol and why nothing is lost or doubled by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
+from gateway.redis_connection import Argument, RedisConnection, Script
+from gateway.snapshot_reader import PartitionKeys, build_partition_keys
+from gateway.spool import Spool, SpooledIntent, SpooledSettle, SpoolRecord
+from gateway.telemetry import Telemetry
+
+log = logging.getLogger("gateway.event_log")
+
+SETTLE = Script("settle")
+PLACE_HOLD = Script("place_hold")
+
+TICK_S = 0.05
+RESEND_DELAY_S = 0.05
+REPLAY_BATCH = 256
+REPLAY_RETRY_S = 0.5
+# Reserved in the spool for the settle of each call that is forwarded without Redis.
+SPOOL_BYTES_PER_CALL = 8_192
+CLOSE_WAIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What is recorded of a call. `build_event` makes the event's bytes of producer, seq and whether the recording
+    itself failed (then the call is not billed). `rate_second` and `tokens_difference` correct the token window."""
+
+    keys: PartitionKeys
+    call_id: str
+    tenant_id: int
+    api_key_id: int
+    month: str
+    build_event: Callable[[str, int], bytes]
+    mode: str = "settle"
+    has_spooled_intent: bool = False
+    cost_nano: int = 0
+    billed_model_id: int | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+    rate_second: int | None = None
+    tokens_difference: int = 0
+
+
+class _Pending:
+    """A settle with its seq, not yet durable."""
+
+    __slots__ = ("event", "future", "queued_at", "seq", "settlement")
+
+    def __init__(self, settlement: Settlement, seq: int, event: bytes, *, queued_at: float) -> None:
+        self.settlement = settlement
+        self.seq = seq
+        self.event = event
+        self.queued_at = queued_at
+        self.future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+
+class EventLog:
+    """Makes the events of one process durable, once each, in order. One event loop owns it."""
+
+    def __init__(
+        self, redis: RedisConnection, spool: Spool, telemetry: Telemetry, *, producer: str, settle_wait_s: float
+    ) -> None:
+        self.producer = producer
+        self.spool = spool
+        self._redis = redis
+        self._telemetry = telemetry
+        self._settle_wait_s = settle_wait_s
+        self._loop = asyncio.get_running_loop()
+        self._next_seq: dict[int, int] = {}
+        self._acknowledged: dict[int, int] = {}
+        # Not durable yet, in order; the first `_sent` of them are on the wire under the current epoch.
+        self._queue: deque[_Pending] = deque()
+        self._sent = 0
+        self._epoch = 0
+        self._is_holding_back = False
+        self._intents: list[tuple[SpooledIntent, asyncio.Future[None]]] = []
+        self._down_since: float | None = self._loop.time()
+        self._spool_since: float | None = None
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="spool")
+        self._disk_lock = asyncio.Lock()
+        self._spool_task: asyncio.Task[None] | None = None
+        self._replay_task: asyncio.Task[None] | None = None
+        self._tick_task = self._loop.create_task(self._tick())
+        redis.add_listener(self)
+
+    @property
+    def unsettled_count(self) -> int:
+        """Events that are not durable yet."""
+        return len(self._queue)
+
+    async def settle(self, settlement: Settlement) -> str:
+        """Return how it became durable (`event`, `superseded`, `applied`, `spooled`); raises SpoolFullError.
+
+        After SpoolFullError the event stays queued for Redis while this process lives, unless the process dies:
+        then the sweeper finds the hold.
+        """
+        partition = settlement.keys.partition
+        seq = self._next_seq.get(partition, 1)
+        self._next_seq[partition] = seq + 1
+        event = settlement.build_event(self.producer, seq)
+        started_at = time.monotonic()
+        pending = _Pending(settlement, seq, event, queued_at=self._loop.time())
+        self._queue.append(pending)
+        if self._can_send() and self._sent == len(self._queue) - 1:
+            self._send(pending)
+        elif self._is_spool_due():
+            self._start_spooling()
+        way = await pending.future
+        self._telemetry.settles.add(1, (way,))
+        self._telemetry.settle_seconds.observe(time.monotonic() - started_at)
+        return way
+
+    async def spool_intent(self, intent: SpooledIntent) -> None:
+        """Make the intent of a call durable while Redis is away; raises SpoolFullError."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._intents.append((intent, future))
+        self._start_spooling()
+        await future
+
+    def can_spool(self, in_flight: int, *, age_max_s: int) -> bool:
+        """Return whether one more call and all those in flight could be recorded locally."""
+        if self._spool_since is not None and self._loop.time() - self._spool_since > age_max_s:
+            return False
+        return self.spool.has_room((in_flight + 1) * SPOOL_BYTES_PER_CALL)
+
+    async def close(self) -> None:
+        """Make everything durable within a bound, and leave an empty spool behind, or one to be adopted."""
+        deadline = self._loop.time() + CLOSE_WAIT_S
+        while (  # noqa: ASYNC110 (only once, at the end)
+            (self._queue or not self.spool.is_empty) and self._redis.is_up and self._loop.time() < deadline
+        ):
+            await asyncio.sleep(0.01)
+        if self._queue:
+            self._start_spooling()
+        for task in (self._spool_task, self._replay_task):
+            if task is not None:
+                await asyncio.wait((task,), timeout=CLOSE_WAIT_S)
+        self._tick_task.cancel()
+        await asyncio.gather(self._tick_task, return_exceptions=True)
+        self._disk.shutdown()
+        if self.spool.is_empty:
+            self.spool.remove()
+        else:
+            self.spool.close()
+
+    # ConnectionListener
+
+    def on_redis_up(self) -> None:
+        """Send everything again, oldest first."""
+        self._down_since = None
+        self._restart()
+
+    def on_redis_down(self) -> None:
+        """Nothing that is on the wire counts any more."""
+        self._down_since = self._loop.time()
+        self._recall()
+
+    # Sending
+
+    def _can_send(self) -> bool:
+        return self._redis.is_up and self.spool.is_empty and self._spool_task is None and not self._is_holding_back
+
+    def _send(self, pending: _Pending) -> None:
+        settlement = pending.settlement
+        partition = settlement.keys.partition
+        self._sent += 1
+        self._redis.send(
+            build_settle_command(
+                settlement,
+                producer=self.producer,
+                seq=pending.seq,
+                floor=self._acknowledged.get(partition, 0) + 1,
+                event=pending.event,
+            ),
+            partial(self._on_reply, self._epoch, pending),
+        )
+
+    def _on_reply(self, epoch: int, pending: _Pending, reply: Any) -> None:
+        if epoch != self._epoch or isinstance(reply, RedisUnavailableError):
+            return
+        if isinstance(reply, Exception):
+            self._hold_back(reply)
+            return
+        # Replies come in the order of the commands, so this is the head of the queue.
+        self._queue.popleft()
+        self._sent -= 1
+        self._acknowledged[pending.settlement.keys.partition] = pending.seq
+        if not pending.future.done():
+            pending.future.set_result(reply.decode())
+
+    def _hold_back(self, error: Exception) -> None:
+        """After an error nothing behind it may pass: recall all and send again, in order, a little later."""
+        self._telemetry.settle_errors.add()
+        log.error("a settle was refused and will be sent again: %s", error)
+        self._recall()
+        self._is_holding_back = True
+        if str(error).startswith("NOSCRIPT"):
+            self._redis.break_connection()
+        self._loop.call_later(RESEND_DELAY_S, self._restart)
+
+    def _recall(self) -> None:
+        self._epoch += 1
+        self._sent = 0
+
+    def _restart(self) -> None:
+        self._is_holding_back = False
+        if not self._redis.is_up or self._spool_task is not None:
+            return
+        if not self.spool.is_empty:
+            if self._replay_task is None:
+                self._replay_task = self._loop.create_task(self._replay_own())
+            return
+        for pending in list(self._queue)[self._sent :]:
+            self._send(pending)
+
+    # Spooling
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            if not self._queue or self._queue[-1].future.done():
+                continue
+            if self._loop.time() - self._queue[0].queued_at > self._settle_wait_s:
+                self._start_spooling()
+
+    def _is_spool_due(self) -> bool:
+        return self._down_since is not None and self._loop.time() - self._down_since > self._settle_wait_s
+
+    def _start_spooling(self) -> None:
+        if self._spool_task is None:
+            self._recall()
+            self._spool_task = self._loop.create_task(self._spool_everything())
+
+    async def _spool_everything(self) -> None:
+        """Move all intents and all queued settles to the spool, as one fsynced write after the other."""
+        try:
+            while self._intents or (self._queue and not self._queue[-1].future.done()):
+                intents, self._intents = self._intents, []
+                batch = list(self._queue)
+                records: list[SpoolRecord] = [intent for intent, _future in intents]
+                records += [_build_spooled_settle(self.producer, pending) for pending in batch]
+                try:
+                    async with self._disk_lock:
+                        await self._loop.run_in_executor(self._disk, self.spool.append, records)
+                except SpoolFullError as error:
+                    log.error("%s", error)
+                    for future in [future for _intent, future in intents] + [pending.future for pending in batch]:
+                        if not future.done():
+                            future.set_exception(error)
+                    continue
+                if self._spool_since is None:
+                    self._spool_since = self._loop.time()
+                for _intent, intent_future in intents:
+                    if not intent_future.done():
+                        intent_future.set_result(None)
+                for pending in batch:
+                    self._queue.popleft()
+                    if not pending.future.done():
+                        pending.future.set_result("spooled")
+        finally:
+            self._spool_task = None
+            self._restart()
+
+    # Replaying
+
+    async def _replay_own(self) -> None:
+        offset = 0
+        try:
+            while self._redis.is_up:
+                offset, is_done = await self._replay_step(offset)
+                if is_done:
+                    self._spool_since = None
+                    return
+        except RedisUnavailableError:
+            return
+        except RedisReplyError as error:
+            log.error("the replay of the spool was refused and will be tried again: %s", error)
+            if str(error).startswith("NOSCRIPT"):
+                self._redis.break_connection()
+            await asyncio.sleep(REPLAY_RETRY_S)
+        finally:
+            self._replay_task = None
+            self._loop.call_soon(self._restart)
+
+    async def _replay_step(self, offset: int) -> tuple[int, bool]:
+        """Replay some records from `offset`; return the offset behind them and whether the spool is done."""
+        async with self._disk_lock:
+            records, end = await self._loop.run_in_executor(self._disk, self.spool.read_batch, offset, REPLAY_BATCH)
+            if not records:
+                await self._loop.run_in_executor(self._disk, self.spool.clear)
+                return 0, True
+        await replay_records(self._redis, records, floors=self._build_floors())
+        for record in records:
+            if isinstance(record, SpooledSettle):
+                self._acknowledged[record.partition] = record.seq
+        return end, False
+
+    def _build_floors(self) -> dict[tuple[str, int], int]:
+        return {(self.producer, partition): seq + 1 for partition, seq in self._acknowledged.items()}
+
+
+async def replay_records(
+    redis: RedisConnection, records: list[SpoolRecord], *, floors: dict[tuple[str, int], int]
+) -> None:
+    """Apply spooled records in order; raises RedisReplyError or RedisUnavailableError, then all can be repeated.
+
+    `floors` gives the lowest unacknowledged seq by (producer, partition). Where it does not say, the first seq
+    in the spool is it: a process spools everything unacknowledged at once, the oldest first.
+    """
+    futures = []
+    for record in records:
+        keys = build_partition_keys(record.partition)
+        if isinstance(record, SpooledIntent):
+            futures.append(_place_hold(redis, keys, record))
+            continue
+        floor = floors.setdefault((record.producer, record.partition), record.seq)
+        command = build_settle_command(
+            _build_settlement(keys, record),
+            producer=record.producer,
+            seq=record.seq,
+            floor=floor,
+            event=record.event,
+        )
+        futures.append(redis.call(*command))
+    outcomes = await asyncio.gather(*futures, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    for record in records:
+        if isinstance(record, SpooledSettle):
+            floors[record.producer, record.partition] = record.seq + 1
+
+
+def build_settle_command(
+    settlement: Settlement, *, producer: str, seq: int, floor: int, event: bytes
+) -> tuple[Argument, ...]:
+    """Return the EVALSHA of `settle.lua`."""
+    keys = settlement.keys
+    owner = (settlement.tenant_id, settlement.api_key_id)
+    model_id = settlement.billed_model_id
+    return (
+        b"EVALSHA",
+        SETTLE.sha,
+        12,
+        keys.stream,
+        keys.seq,
+        keys.holds,
+        keys.leases,
+        keys.progress,
+        keys.get_ended_key(settlement.call_id),
+        *keys.get_scope_keys(*owner),
+        *keys.get_month_keys(*owner, settlement.month),
+        *keys.get_rate_keys(*owner),
+        settlement.mode,
+        producer,
+        seq,
+        floor,
+        settlement.call_id,
+        event,
+        b"1" if settlement.has_spooled_intent else b"0",
+        settlement.cost_nano,
+        b"" if model_id is None else model_id,
+        settlement.input_tokens,
+        settlement.output_tokens,
+        b"" if settlement.rate_second is None else settlement.rate_second,
+        settlement.tokens_difference,
+    )
+
+
+def _build_spooled_settle(producer: str, pending: _Pending) -> SpooledSettle:
+    settlement = pending.settlement
+    return SpooledSettle(
+        partition=settlement.keys.partition,
+        producer=producer,
+        seq=pending.seq,
+        mode=settlement.mode,
+        call_id=settlement.call_id,
+        tenant_id=settlement.tenant_id,
+        api_key_id=settlement.api_key_id,
+        month=settlement.month,
+        event=pending.event,
+        has_spooled_intent=settlement.has_spooled_intent,
+        cost_nano=settlement.cost_nano,
+        billed_model_id=settlement.billed_model_id,
+        input_tokens=settlement.input_tokens,
+        output_tokens=settlement.output_tokens,
+    )
+
+
+def _build_settlement(keys: PartitionKeys, record: SpooledSettle) -> Settlement:
+    return Settlement(
+        keys=keys,
+        call_id=record.call_id,
+        tenant_id=record.tenant_id,
+        api_key_id=record.api_key_id,
+        month=record.month,
+        build_event=lambda _producer, _seq: record.event,
+        mode=record.mode,
+        has_spooled_intent=record.has_spooled_intent,
+        cost_nano=record.cost_nano,
+        billed_model_id=record.billed_model_id,
+        input_tokens=record.input_tokens,
+        output_tokens=record.output_tokens,
+    )
+
+
+def _place_hold(redis: RedisConnection, keys: PartitionKeys, intent: SpooledIntent) -> asyncio.Future[Any]:
+    return redis.call_script(
+        PLACE_HOLD,
+        (
+            keys.holds,
+            keys.leases,
+            *keys.get_scope_keys(intent.tenant_id, intent.api_key_id),
+            keys.get_ended_key(intent.call_id),
+        ),
+        intent.call_id,
+        intent.hold,
+        intent.lease_ms,
+    )

@@ -1,0 +1,418 @@
+"""The way of one call: admit, forward, relay, settle before the last byte. Every way out records exactly one event.
+
+| end | outcome | billed |
+|---|---|---|
+| the whole answer went out | completed | reported usage, or our own count |
+| the client left | client_aborted | what was emitted: continuous usage, or our own count |
+| no upstream gave a whole answer | upstream_error | nothing; the attempts carry the exposure |
+| the gateway had to stop (drain bound) | abandoned | the last known counts |
+A call that was refused, or whose client left before anything was forwarded, has no event: its hold is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from dataclasses import dataclass, field
+
+from gateway.admission import Admission, Headers
+from gateway.calls import ATTEMPT_COMPLETED, NOTHING_USED, Call, Verdict, build_settlement, format_nano
+from gateway.contract.catalog_snapshot import UpstreamRecord
+from gateway.contract.token_kind import Outcome, UsageSource
+from gateway.contract.usage_event import Attempt
+from gateway.counting import count_call, judge_usage
+from gateway.errors import (
+    SERVER,
+    GatewayError,
+    SpoolFullError,
+    UpstreamConnectionError,
+    build_metering_unavailable,
+)
+from gateway.event_log import EventLog
+from gateway.exchange import Exchange
+from gateway.providers import get_provider
+from gateway.providers.base import CallResult, EmittedText, Provider, ProviderError, ReportedUsage, UpstreamFailure
+from gateway.routing import CircuitBreakers, list_candidates
+from gateway.settings import Settings
+from gateway.telemetry import Telemetry
+from gateway.upstream import Origin, UpstreamConnection, UpstreamPool, parse_origin
+
+log = logging.getLogger("gateway.relay")
+
+ATTEMPTS_MAX = 4
+ERROR_BYTES_MAX = 1 << 20
+DRAIN_S = 60.0
+# How long a stopping process waits for its calls to be recorded.
+STOP_WAIT_S = 10.0
+CLIENT_GONE = "client_gone"
+
+
+_NO_RESULT = CallResult(
+    usage=None, finish_reason="", provider_request_id="", error=None, is_complete=False, emitted=EmittedText
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class RelayParts:
+    """What a relay works with; one object per process."""
+
+    admission: Admission
+    event_log: EventLog
+    pool: UpstreamPool
+    breakers: CircuitBreakers
+    telemetry: Telemetry
+    settings: Settings
+    in_flight: dict[str, Call] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+
+
+class AttemptFailedError(Exception):
+    """One attempt failed before the first byte; `failure` is what the tenant is told if it was the last one."""
+
+    def __init__(self, code: str, failure: UpstreamFailure, *, is_exposed: bool = False) -> None:
+        super().__init__(failure.message)
+        self.code = code
+        self.failure = failure
+        # The provider may have worked, and bill it.
+        self.is_exposed = is_exposed
+
+
+class Relay:
+    """Carries one call from admission to settle."""
+
+    def __init__(self, parts: RelayParts, exchange: Exchange, call: Call) -> None:
+        self._parts = parts
+        self._exchange = exchange
+        self._call = call
+        self._connection: UpstreamConnection | None = None
+        self._rate_headers: Headers = ()
+        self._is_gone = False
+
+    async def run(self, upstreams: tuple[UpstreamRecord, ...]) -> None:
+        """Serve the call; raises GatewayError where nothing has been sent to the client."""
+        parts, call = self._parts, self._call
+        loop_time = asyncio.get_running_loop().time
+        candidates = list_candidates(
+            upstreams,
+            is_open=lambda upstream_id: parts.breakers.is_open(upstream_id, now=loop_time()),
+            draw=random.random,
+        )
+        parts.in_flight[call.call_id] = call
+        try:
+            started_at = time.monotonic()
+            self._rate_headers = await parts.admission.admit(call, candidates[0], in_flight=len(parts.in_flight))
+            parts.telemetry.admit_seconds.observe(time.monotonic() - started_at)
+            self._exchange.set_gone_callback(self._on_client_gone)
+            if self._exchange.is_gone:
+                parts.admission.cancel(call)
+                return
+            await self._forward(candidates[:ATTEMPTS_MAX])
+        finally:
+            del parts.in_flight[call.call_id]
+            self._exchange.set_gone_callback(None)
+            parts.telemetry.call_seconds.observe(time.monotonic() - call.started_at)
+
+    async def _forward(self, candidates: list[UpstreamRecord]) -> None:
+        """Try the candidates until one answers; whatever happens, the call is settled when this returns."""
+        self._parts.telemetry.calls_forwarded.add()
+        try:
+            for number, upstream in enumerate(candidates, 1):
+                self._call.upstream = upstream
+                try:
+                    await self._attempt(upstream)
+                    return
+                except AttemptFailedError as attempt:
+                    await self._note_failure(upstream, attempt)
+                    if self._is_gone:
+                        await self._settle_gone(_NO_RESULT)
+                        return
+                    if number == len(candidates) or not attempt.failure.is_retryable:
+                        await self._settle(_build_failed_verdict())
+                        raise _build_upstream_error(attempt.failure) from attempt
+        except GatewayError:
+            raise
+        except asyncio.CancelledError:
+            await self._settle_abandoned()
+            raise
+        except Exception as error:
+            log.exception("call %s failed inside the gateway", self._call.call_id)
+            if not self._call.is_settled:
+                self._call.attempts.append(Attempt(self._call.upstream.upstream_id, "gateway_error"))  # type: ignore[union-attr]
+                await self._settle(_build_failed_verdict())
+            if self._exchange.has_started:
+                self._exchange.cut()
+                return
+            raise GatewayError(500, "internal_error", "The gateway failed.", type=SERVER) from error
+        finally:
+            if self._connection is not None:
+                self._connection.release()
+
+    # One attempt
+
+    async def _attempt(self, upstream: UpstreamRecord) -> None:
+        call = self._call
+        provider = _find_provider(upstream)
+        connection = await self._open(upstream, provider)
+        self._parts.telemetry.first_byte_seconds.observe(time.monotonic() - call.started_at)
+        try:
+            if connection.status != 200:
+                body = await connection.read_body(bytes_max=ERROR_BYTES_MAX)
+                failure = provider.classify_error(connection.status, connection.headers, body)
+                raise AttemptFailedError(failure.code or "upstream_error", failure)
+            if call.request.streamed and connection.headers.get("content-type", "").startswith("text/event-stream"):
+                await self._relay_stream(upstream, provider, connection)
+            else:
+                await self._relay_whole(upstream, provider, connection)
+        except UpstreamConnectionError as error:
+            raise _build_connection_failure(error) from error
+
+    async def _open(self, upstream: UpstreamRecord, provider: Provider) -> UpstreamConnection:
+        """Send the request and wait for status and headers, once more where a kept connection had just been closed."""
+        parts, call = self._parts, self._call
+        credential = os.environ.get(upstream.credential_env, "") if upstream.credential_env else ""
+        if upstream.credential_env and not credential:
+            log.error(
+                "upstream %d: the environment variable %s is not set", upstream.upstream_id, upstream.credential_env
+            )
+            raise _build_misconfigured()
+        try:
+            request = provider.build_request(call.request, upstream, credential)
+            origin = parts.origins.get(upstream.base_url)
+            if origin is None:
+                origin = parts.origins[upstream.base_url] = parse_origin(upstream.base_url)
+        except ProviderError as error:
+            failure = UpstreamFailure(400, error.code, "invalid_request_error", str(error), is_retryable=True)
+            raise AttemptFailedError(error.code, failure) from error
+        except ValueError as error:
+            log.error("upstream %d: %s", upstream.upstream_id, error)
+            raise _build_misconfigured() from error
+        for is_fresh in (False, True):
+            if self._connection is not None:
+                self._connection.release()
+                self._connection = None
+            try:
+                connection = await parts.pool.open(origin, is_fresh=is_fresh)
+                self._connection = connection
+                if self._is_gone:
+                    raise UpstreamConnectionError(CLIENT_GONE, "The client has gone.")
+                connection.send(request, timeout_s=upstream.timeout_ms / 1000)
+                await connection.read_head()
+                return connection
+            except UpstreamConnectionError as error:
+                if is_fresh or not error.was_reused or self._is_gone:
+                    raise _build_connection_failure(error) from error
+                self._add_attempt(upstream, "upstream_stale_connection")
+        raise AssertionError("unreachable")
+
+    async def _relay_whole(self, upstream: UpstreamRecord, provider: Provider, connection: UpstreamConnection) -> None:
+        call, exchange = self._call, self._exchange
+        body = await connection.read_body(bytes_max=self._parts.settings.response_bytes_max)
+        call.first_byte_us = self._measure_us()
+        connection.release()
+        self._connection = None
+        result = provider.parse_response(
+            body, connection.headers, context_tokens_max=call.model.context_tokens_max, call=call.request
+        )
+        if result.error is not None:
+            raise AttemptFailedError(result.error.code, result.error, is_exposed=True)
+        self._note_success(upstream)
+        if self._is_gone:
+            await self._settle_gone(result)
+            return
+        verdict = await self._judge(result, Outcome.COMPLETED)
+        try:
+            cost = await self._settle(verdict)
+        except SpoolFullError:
+            raise build_metering_unavailable() from None
+        content_type = connection.headers.get("content-type", "application/json")
+        await exchange.send_whole(
+            200,
+            [
+                (b"content-type", content_type.encode("latin-1")),
+                (b"openai-processing-ms", b"%d" % (self._measure_us() // 1000)),
+                (b"x-tollbook-cost", cost),
+                *self._rate_headers,
+            ],
+            body if result.client_body is None else result.client_body,
+        )
+
+    async def _relay_stream(self, upstream: UpstreamRecord, provider: Provider, connection: UpstreamConnection) -> None:
+        call, exchange = self._call, self._exchange
+        meter = provider.open_stream(
+            client_asked_usage=call.request.client_asked_usage,
+            context_tokens_max=call.model.context_tokens_max,
+            call=call.request,
+        )
+        call.meter = meter
+        timeout_s = upstream.timeout_ms / 1000
+        failed_with: UpstreamConnectionError | None = None
+        try:
+            while not meter.is_done and (data := await connection.read_chunk()):
+                connection.extend_deadline(timeout_s)
+                frames = meter.feed(data)
+                if frames and not self._is_gone:
+                    if not exchange.has_started:
+                        call.first_byte_us = self._measure_us()
+                        await exchange.start_stream(self._rate_headers)
+                    await exchange.send_chunk(frames)
+        except UpstreamConnectionError as error:
+            failed_with = error
+        result = meter.finish()
+        if self._is_gone:
+            # A client that leaves stops the upstream (`abort`), or the answer is read on for its count (`drain`).
+            self._note_success(upstream)
+            await self._settle_gone(result)
+            return
+        if result.error is not None or failed_with is not None or not result.is_complete:
+            await self._fail_stream(upstream, result, failed_with)
+            return
+        self._note_success(upstream)
+        verdict = await self._judge(result, Outcome.COMPLETED)
+        try:
+            await self._settle(verdict)
+        except SpoolFullError:
+            await exchange.finish_stream(_build_error_frame(build_metering_unavailable()))
+            return
+        if not exchange.has_started:
+            await exchange.start_stream(self._rate_headers)
+        await exchange.finish_stream(b"data: [DONE]\n\n")
+
+    async def _fail_stream(
+        self, upstream: UpstreamRecord, result: CallResult, failed_with: UpstreamConnectionError | None
+    ) -> None:
+        """End a stream that broke: the next upstream before the first byte, an error frame without [DONE] after it."""
+        if result.error is not None:
+            attempt = AttemptFailedError(result.error.code or "upstream_error", result.error, is_exposed=True)
+        else:
+            broken = failed_with or UpstreamConnectionError(
+                "upstream_truncated", "The upstream ended the stream before its end."
+            )
+            attempt = _build_connection_failure(broken)
+        if not self._exchange.has_started:
+            raise attempt
+        await self._note_failure(upstream, attempt, result=result)
+        await self._settle(_build_failed_verdict(result))
+        await self._exchange.finish_stream(_build_error_frame(_build_upstream_error(attempt.failure)))
+
+    # Ends
+
+    def _on_client_gone(self) -> None:
+        self._is_gone = True
+        connection, upstream = self._connection, self._call.upstream
+        if connection is None or upstream is None:
+            return
+        if upstream.on_client_abort == "drain":
+            loop = asyncio.get_running_loop()
+            loop.call_later(DRAIN_S, connection.fail, CLIENT_GONE, "The drain has reached its bound.")
+        else:
+            connection.fail(CLIENT_GONE, "The client has gone.")
+
+    async def _settle(self, verdict: Verdict) -> bytes:
+        """Make the event durable; return the cost for its header. Raises SpoolFullError."""
+        parts, call = self._parts, self._call
+        call.is_settled = True
+        settlement = build_settlement(call, verdict, total_us=self._measure_us())
+        model = call.model.name
+        try:
+            await asyncio.shield(asyncio.ensure_future(parts.event_log.settle(settlement)))
+        except SpoolFullError:
+            parts.telemetry.unrecorded.add()
+            raise
+        parts.telemetry.calls_recorded.add(1, (model, verdict.outcome.value, verdict.source.value))
+        parts.telemetry.tokens.add(verdict.usage.input_tokens, (model, "input"))
+        parts.telemetry.tokens.add(verdict.usage.output_tokens, (model, "output"))
+        return format_nano(settlement.cost_nano, call.caller.tenant.currency).encode()
+
+    async def _settle_gone(self, result: CallResult) -> None:
+        verdict = await self._judge(result, Outcome.CLIENT_ABORTED)
+        await self._settle(verdict)
+
+    async def _settle_abandoned(self) -> None:
+        """The process must stop: record the last known counts."""
+        if self._call.is_settled:
+            return
+        usage = self._call.meter.last_usage if self._call.meter is not None else None
+        source = UsageSource.PROVIDER_PARTIAL if usage is not None else UsageSource.ESTIMATED
+        verdict = Verdict(outcome=Outcome.ABANDONED, source=source, usage=usage or NOTHING_USED)
+        await self._settle(verdict)
+
+    async def _judge(self, result: CallResult, outcome: Outcome) -> Verdict:
+        parts = self._parts
+        return await judge_usage(
+            self._call,
+            result,
+            outcome=outcome,
+            telemetry=parts.telemetry,
+            audit_permille=parts.settings.audit_permille,
+        )
+
+    async def _note_failure(
+        self, upstream: UpstreamRecord, attempt: AttemptFailedError, *, result: CallResult = _NO_RESULT
+    ) -> None:
+        exposure = result.usage
+        if exposure is None and attempt.is_exposed and not self._is_gone:
+            count = await count_call(self._call, result.emitted())
+            exposure = ReportedUsage(count.input_tokens or 0, count.output_tokens or 0)
+        status = self._connection.status if self._connection is not None else 0
+        self._add_attempt(upstream, attempt.code, status=status, exposure=exposure or NOTHING_USED)
+        if attempt.failure.is_retryable and not self._is_gone:
+            self._parts.breakers.record_failure(upstream.upstream_id, now=asyncio.get_running_loop().time())
+
+    def _note_success(self, upstream: UpstreamRecord) -> None:
+        self._parts.breakers.record_success(upstream.upstream_id)
+        self._add_attempt(upstream, ATTEMPT_COMPLETED, status=200)
+
+    def _add_attempt(
+        self, upstream: UpstreamRecord, outcome: str, *, status: int = 0, exposure: ReportedUsage = NOTHING_USED
+    ) -> None:
+        self._parts.telemetry.attempts.add(1, (str(upstream.upstream_id), outcome))
+        self._call.attempts.append(
+            Attempt(upstream.upstream_id, outcome, status, exposure.input_tokens, exposure.output_tokens)
+        )
+
+    def _measure_us(self) -> int:
+        return int((time.monotonic() - self._call.started_at) * 1_000_000)
+
+
+def _find_provider(upstream: UpstreamRecord) -> Provider:
+    try:
+        return get_provider(upstream.kind)
+    except ProviderError as error:
+        log.error("upstream %d: %s", upstream.upstream_id, error)
+        raise _build_misconfigured() from error
+
+
+def _build_misconfigured() -> AttemptFailedError:
+    failure = UpstreamFailure(
+        503, "upstream_misconfigured", SERVER, "The model's provider is not set up.", is_retryable=True
+    )
+    return AttemptFailedError(failure.code, failure)
+
+
+def _build_connection_failure(error: UpstreamConnectionError) -> AttemptFailedError:
+    status = 504 if error.code == "upstream_timeout" else 502
+    failure = UpstreamFailure(status, error.code, SERVER, str(error), is_retryable=True)
+    return AttemptFailedError(error.code, failure, is_exposed=error.code != "upstream_unreachable")
+
+
+def _build_failed_verdict(result: CallResult = _NO_RESULT) -> Verdict:
+    return Verdict(
+        outcome=Outcome.UPSTREAM_ERROR,
+        source=UsageSource.NONE,
+        usage=NOTHING_USED,
+        finish_reason=result.finish_reason,
+        provider_request_id=result.provider_request_id,
+    )
+
+
+def _build_upstream_error(failure: UpstreamFailure) -> GatewayError:
+    headers = () if failure.retry_after_s is None else ((b"retry-after", b"%d" % failure.retry_after_s),)
+    return GatewayError(failure.status, failure.code, failure.message, type=failure.type, headers=headers)
+
+
+def _build_error_frame(error: GatewayError) -> bytes:
+    """Return the frame on which every OpenAI client raises; no [DONE] follows it."""
+    return b"data: " + error.build_body() + b"\n\n"

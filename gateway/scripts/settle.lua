@@ -1,0 +1,91 @@
+-- Settle: the event (or the filler in its place), the hold and the counters, in one step, once.
+--
+-- KEYS 1 usage stream   2 last applied seq by producer   3 holds   4 leases   5 progress
+--      6 marker of an ended call   7,8 scope of tenant, key   9,10 month of tenant, key   11,12 rate of tenant, key
+-- ARGV 1 'settle' or 'sweep'   2 producer   3 seq   4 floor: lowest seq not yet acknowledged to the producer
+--      5 call id   6 event   7 '1': leave a marker that the call was settled
+--      8 cost, nano-currency   9 served model id, '' when not billed   10 input tokens   11 output tokens
+--      12 second of admission, '' when no rate was charged   13 tokens, true minus estimated
+-- Reply 'event', 'superseded' or 'applied' (this seq was here before: the reply had been lost).
+--
+-- Order. A producer's events are applied in the order of seq. A seq that is not the next one is refused, or an
+-- error on one command would let the next one pass and the retry of the first look like a duplicate. Only
+-- where this server lost acknowledged events (last applied < floor - 1) may a producer go on, from its floor.
+
+local MARKER_TTL_S = 40 * 86400
+local MONTH_TTL_S = 100 * 86400
+local SLOTS = 61
+
+local producer, call_id, event = ARGV[2], ARGV[5], ARGV[6]
+local seq, floor = tonumber(ARGV[3]), tonumber(ARGV[4])
+local applied = tonumber(redis.call('HGET', KEYS[2], producer)) or 0
+if seq <= applied then
+  return 'applied'
+end
+if seq ~= applied + 1 and not (applied < floor - 1 and seq == floor) then
+  return redis.error_reply('OUTOFORDER seq ' .. ARGV[3] .. ' cannot follow ' .. applied)
+end
+
+local hold = redis.call('HGET', KEYS[3], call_id)
+local superseded
+if ARGV[1] == 'settle' then
+  superseded = redis.call('GET', KEYS[6]) == 'swept'
+else
+  local lease = redis.call('ZSCORE', KEYS[4], call_id)
+  local clock = redis.call('TIME')
+  local now_ms = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
+  superseded = not hold or not lease or tonumber(lease) > now_ms
+end
+
+if superseded then
+  -- contract.usage_event.Superseded: msgpack array of producer, seq, call id and the event's bytes.
+  local filler = '\148' .. cmsgpack.pack(producer) .. cmsgpack.pack(seq) .. cmsgpack.pack(call_id)
+    .. '\198' .. struct.pack('>I4', #event) .. event
+  redis.call('XADD', KEYS[1], '*', 's', filler)
+  redis.call('HSET', KEYS[2], producer, ARGV[3])
+  return 'superseded'
+end
+
+redis.call('XADD', KEYS[1], '*', 'e', event)
+redis.call('HSET', KEYS[2], producer, ARGV[3])
+if hold then
+  -- 0 - x, not -x: Redis does not read '-0' as an integer.
+  local released = string.format('%.0f', 0 - cmsgpack.unpack(hold)[1])
+  redis.call('HDEL', KEYS[3], call_id)
+  redis.call('ZREM', KEYS[4], call_id)
+  redis.call('HDEL', KEYS[5], call_id)
+  for scope = 7, 8 do
+    redis.call('HINCRBY', KEYS[scope], 'running', -1)
+    redis.call('HINCRBY', KEYS[scope], 'held', released)
+  end
+end
+if ARGV[1] == 'sweep' then
+  redis.call('SET', KEYS[6], 'swept', 'EX', MARKER_TTL_S)
+elseif ARGV[7] == '1' then
+  redis.call('SET', KEYS[6], 'settled', 'EX', MARKER_TTL_S)
+end
+
+for month = 9, 10 do
+  if redis.call('HINCRBY', KEYS[month], 'cost', ARGV[8]) == tonumber(ARGV[8]) then
+    redis.call('EXPIRE', KEYS[month], MONTH_TTL_S)
+  end
+end
+if ARGV[9] ~= '' then
+  local model = ARGV[9] .. ':'
+  redis.call('HINCRBY', KEYS[9], model .. 'calls', 1)
+  redis.call('HINCRBY', KEYS[9], model .. 'input', ARGV[10])
+  redis.call('HINCRBY', KEYS[9], model .. 'output', ARGV[11])
+  redis.call('HINCRBY', KEYS[9], model .. 'cost', ARGV[8])
+end
+
+if ARGV[12] ~= '' then
+  local bucket = tonumber(ARGV[12])
+  for rate = 11, 12 do
+    local second = tonumber(redis.call('HGET', KEYS[rate], 'second'))
+    if second and second - bucket < SLOTS then
+      redis.call('HINCRBY', KEYS[rate], 't' .. bucket % SLOTS, ARGV[13])
+      redis.call('HINCRBY', KEYS[rate], 'tokens', ARGV[13])
+    end
+  end
+end
+return 'event'

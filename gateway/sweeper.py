@@ -1,0 +1,162 @@
+"""Leases: live calls renew theirs; an expired one becomes an `abandoned` event. Dead processes' spools are adopted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from gateway.calls import Call, HoldRecord, ProgressRecord, build_abandoned_settlement, build_progress
+from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
+from gateway.event_log import EventLog, replay_records
+from gateway.redis_connection import RedisConnection, Script
+from gateway.settings import Settings
+from gateway.snapshot_reader import PartitionKeys, SnapshotReader
+from gateway.spool import Spool, SpooledSettle, open_orphan_spools
+from gateway.telemetry import Telemetry
+
+log = logging.getLogger("gateway.sweeper")
+
+RENEW = Script("renew")
+LIST_EXPIRED = Script("list_expired")
+CALLS_PER_ROUND = 200
+ROUND_S = 1.0
+ADOPTION_S = 5.0
+ADOPTION_RETRY_S = 0.25
+ADOPTION_BATCH = 256
+
+
+class Sweeper:
+    """Runs in every gateway process; a lock per partition lets one of them sweep it."""
+
+    def __init__(
+        self,
+        *,
+        redis: RedisConnection,
+        event_log: EventLog,
+        snapshots: SnapshotReader,
+        settings: Settings,
+        telemetry: Telemetry,
+        in_flight: Mapping[str, Call],
+    ) -> None:
+        self._redis = redis
+        self._event_log = event_log
+        self._snapshots = snapshots
+        self._settings = settings
+        self._telemetry = telemetry
+        self._in_flight = in_flight
+        self._loop = asyncio.get_running_loop()
+        self._sweep_from = self._loop.time()
+        self._has_adopted = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="adoption")
+        redis.add_listener(self)
+
+    def start(self) -> None:
+        """Begin renewing, sweeping and adopting."""
+        work = (self._renew_for_ever(), self._sweep_for_ever(), self._adopt_for_ever())
+        self._tasks = [self._loop.create_task(task) for task in work]
+
+    async def close(self) -> None:
+        """Stop."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._disk.shutdown()
+
+    def on_redis_up(self) -> None:
+        """Renew at once; sweep only when every living process has had the time to renew, too."""
+        self._sweep_from = self._loop.time() + self._settings.lease_s / 2
+        self._has_adopted = False
+        self._renew()
+
+    def on_redis_down(self) -> None:
+        """Leases run out meanwhile; see on_redis_up."""
+
+    async def _renew_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_s / 3)
+            self._renew()
+
+    def _renew(self) -> None:
+        by_partition: dict[PartitionKeys, list[bytes | str]] = {}
+        for call in self._in_flight.values():
+            by_partition.setdefault(call.caller.keys, []).extend((call.call_id, build_progress(call)))
+        for keys, pairs in by_partition.items():
+            command = (keys.holds, keys.leases, keys.progress, self._settings.lease_s * 1000, *pairs)
+            self._redis.send((b"EVALSHA", RENEW.sha, 3, *command), lambda _reply: None)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(min(ROUND_S, self._settings.lease_s / 4))
+            catalog = self._snapshots.catalog
+            # A spooled event comes before the sweep: it knows what the call used.
+            if catalog is None or not self._has_adopted or self._loop.time() < self._sweep_from:
+                continue
+            for keys in catalog.partitions:
+                try:
+                    await self._sweep(keys)
+                except (RedisUnavailableError, RedisReplyError, SpoolFullError) as error:
+                    log.warning("could not sweep partition %d: %s", keys.partition, error)
+                    break
+
+    async def _sweep(self, keys: PartitionKeys) -> None:
+        catalog = self._snapshots.catalog
+        assert catalog is not None
+        reply = await self._redis.call_script(
+            LIST_EXPIRED,
+            (keys.holds, keys.leases, keys.progress, keys.sweeper_lock),
+            self._event_log.producer,
+            self._settings.lease_s * 1000,
+            CALLS_PER_ROUND,
+        )
+        settlements = []
+        for call_id, hold, progress in zip(reply[0::3], reply[1::3], reply[2::3], strict=True):
+            name = call_id.decode()
+            if name in self._in_flight:
+                continue
+            settlements.append(
+                build_abandoned_settlement(
+                    name,
+                    msgspec.msgpack.decode(hold, type=HoldRecord),
+                    msgspec.msgpack.decode(progress, type=ProgressRecord) if progress else None,
+                    keys=keys,
+                    catalog=catalog,
+                )
+            )
+        for way in await asyncio.gather(*(self._event_log.settle(settlement) for settlement in settlements)):
+            self._telemetry.calls_abandoned.add(1 if way == "event" else 0)
+
+    async def _adopt_for_ever(self) -> None:
+        while True:
+            if self._redis.is_up:
+                orphans = await self._loop.run_in_executor(
+                    self._disk, lambda: open_orphan_spools(self._settings.spool_dir, bytes_max=1 << 40)
+                )
+                outcomes = [await self._adopt(orphan) for orphan in orphans]
+                self._has_adopted = all(outcomes) and self._redis.is_up
+            await asyncio.sleep(ADOPTION_S if self._has_adopted else ADOPTION_RETRY_S)
+
+    async def _adopt(self, spool: Spool) -> bool:
+        """Replay the spool of a dead process under its own producer, then remove it; keep it when Redis goes away."""
+        floors: dict[tuple[str, int], int] = {}
+        offset = count = 0
+        try:
+            while True:
+                records, end = await self._loop.run_in_executor(self._disk, spool.read_batch, offset, ADOPTION_BATCH)
+                if not records:
+                    break
+                await replay_records(self._redis, records, floors=floors)
+                count += sum(isinstance(record, SpooledSettle) for record in records)
+                offset = end
+        except (RedisUnavailableError, RedisReplyError) as error:
+            log.error("the orphan spool %s could not be replayed and is kept: %s", spool.path.name, error)
+            spool.close()
+            return False
+        spool.remove()
+        if count:
+            log.warning("adopted the spool %s: %d events", spool.path.name, count)
+        return True

@@ -1,0 +1,325 @@
+"""Connections to upstreams: HTTP/1.1, kept alive, on httptools. No retry and no meaning here: one attempt, bytes.
+
+A slow reader pauses the socket (back-pressure). Time limits are checked by one coarse tick for all connections,
+which costs less than a timer per call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httptools
+
+from gateway.errors import UpstreamConnectionError
+from gateway.providers.base import UpstreamRequest
+
+BUFFERED_BYTES_MAX = 256 * 1024
+IDLE_PER_HOST_MAX = 256
+IDLE_S = 30.0
+CONNECT_TIMEOUT_S = 5.0
+TICK_S = 0.25
+RESPONSE_HEADER_BYTES_MAX = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an upstream listens."""
+
+    host: str
+    port: int
+    is_tls: bool
+
+    @property
+    def host_header(self) -> bytes:
+        """The value of `host`, without a default port."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        is_default = self.port == (443 if self.is_tls else 80)
+        return (host if is_default else f"{host}:{self.port}").encode()
+
+
+def parse_origin(base_url: str) -> Origin:
+    """Return the origin of a base URL; raises ValueError where it is not an http(s) URL with a host."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"not an http(s) base URL: {base_url!r}")
+    is_tls = parts.scheme == "https"
+    return Origin(parts.hostname, parts.port or (443 if is_tls else 80), is_tls)
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection, one exchange at a time: `send`, `read_head`, then `read_body` or `read_chunk` until b""."""
+
+    def __init__(self, origin: Origin, pool: UpstreamPool) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.idle_since = 0.0
+        self.deadline = 0.0
+        self._origin = origin
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
+        self._header_bytes = 0
+        self._is_paused = False
+        self._has_head = False
+        self._has_bytes = False
+        self._is_complete = True
+        self._is_closed = False
+        self._is_reused = False
+        self._failure: UpstreamConnectionError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # What the relay calls
+
+    def send(self, request: UpstreamRequest, *, timeout_s: float) -> None:
+        """Begin an exchange. `timeout_s` bounds the wait for each next piece of the answer."""
+        assert self._transport is not None
+        assert self._is_complete
+        self.status = 0
+        self.headers = {}
+        self._header_bytes = 0
+        self._has_head = self._has_bytes = self._is_complete = False
+        self.extend_deadline(timeout_s)
+        self._pool.active.add(self)
+        lines = [
+            b"%b %b HTTP/1.1\r\nhost: %b\r\n"
+            % (request.method.encode(), request.path.encode(), self._origin.host_header)
+        ]
+        lines += [b"%b: %b\r\n" % header for header in request.headers]
+        lines.append(b"content-length: %d\r\n\r\n" % len(request.body))
+        lines.append(request.body)
+        self._transport.write(b"".join(lines))
+
+    def extend_deadline(self, timeout_s: float) -> None:
+        """Allow `timeout_s` more from now on."""
+        self.deadline = self._loop.time() + timeout_s
+
+    async def read_head(self) -> None:
+        """Wait for status and headers; raises UpstreamConnectionError."""
+        while not self._has_head:
+            self._raise_failure()
+            await self._wait()
+
+    async def read_body(self, *, bytes_max: int) -> bytes:
+        """Return the whole body; raises UpstreamConnectionError, also where it is larger than `bytes_max`."""
+        total = 0
+        parts = []
+        while chunk := await self.read_chunk():
+            total += len(chunk)
+            if total > bytes_max:
+                raise UpstreamConnectionError("upstream_answer_too_large", "The upstream's answer is too large.")
+            parts.append(chunk)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def read_chunk(self) -> bytes:
+        """Return everything that has arrived, or b"" at the end of the body; raises UpstreamConnectionError."""
+        while not self._chunks:
+            if self._is_complete:
+                return b""
+            self._raise_failure()
+            await self._wait()
+        data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
+        return data
+
+    def release(self) -> None:
+        """Give the connection back; it is kept for the next call if the exchange ended as the protocol wants."""
+        self._pool.active.discard(self)
+        if self._is_complete and not self._is_closed and not self._chunks:
+            self._pool.keep(self)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Drop the connection, and with it the call at the upstream."""
+        self._pool.active.discard(self)
+        self._is_closed = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def fail(self, code: str, message: str) -> None:
+        """End the exchange with an error, for whoever waits."""
+        if self._failure is None:
+            was_reused = self._is_reused and not self._has_bytes
+            self._failure = UpstreamConnectionError(code, message, was_reused=was_reused)
+        self.abort()
+        self._wake()
+
+    def mark_reused(self) -> None:
+        """Remember that an earlier exchange used this connection: the peer may just have closed it."""
+        self._is_reused = True
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether another exchange may begin."""
+        return not self._is_closed and self._is_complete
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the relay waits for the upstream, and not for a slow client."""
+        return self._waiter is not None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        was_idle = self._is_complete
+        self._is_closed = True
+        if was_idle:
+            self._pool.forget(self)
+            return
+        if self._has_head and exc is None and self._ends_by_close():
+            self._is_complete = True
+            self._wake()
+            return
+        self.fail("upstream_connection_lost", "The connection to the upstream was lost.")
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_complete:
+            # Bytes that belong to no exchange: never let them become the next answer.
+            self.abort()
+            self._pool.forget(self)
+            return
+        self._has_bytes = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.fail("upstream_malformed", "The upstream's answer is not valid HTTP.")
+
+    # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        if self._is_complete:
+            # A second answer behind the first: it belongs to no exchange. Its parts are ignored below.
+            self.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_complete:
+            return
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > RESPONSE_HEADER_BYTES_MAX:
+            self.fail("upstream_malformed", "The upstream's headers are too large.")
+            return
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        if self._is_complete:
+            return
+        self.status = self._parser.get_status_code()
+        if self.status < 200:
+            self.headers = {}
+            return
+        self._has_head = True
+        self._wake()
+
+    def on_body(self, body: bytes) -> None:
+        if self._is_complete:
+            return
+        self._chunks.append(body)
+        self._buffered += len(body)
+        if self._buffered > BUFFERED_BYTES_MAX and not self._is_paused and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def on_message_complete(self) -> None:
+        if self._is_complete or self.status < 200:
+            return
+        self._is_complete = True
+        if not self._parser.should_keep_alive():
+            self._is_closed = True
+        self._wake()
+
+    def _ends_by_close(self) -> bool:
+        return "content-length" not in self.headers and "transfer-encoding" not in self.headers
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class UpstreamPool:
+    """Idle connections by origin, and the clock of the active ones."""
+
+    def __init__(self) -> None:
+        self.active: set[UpstreamConnection] = set()
+        self._idle: dict[Origin, deque[UpstreamConnection]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._tls = ssl.create_default_context()
+        self._task = self._loop.create_task(self._tick())
+
+    async def open(self, origin: Origin, *, is_fresh: bool = False) -> UpstreamConnection:
+        """Return a connection, an idle one unless `is_fresh`; raises UpstreamConnectionError."""
+        idle = self._idle.get(origin)
+        while idle and not is_fresh:
+            connection = idle.pop()
+            if connection.is_usable:
+                connection.mark_reused()
+                return connection
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _transport, connection = await self._loop.create_connection(
+                    lambda: UpstreamConnection(origin, self),
+                    origin.host,
+                    origin.port,
+                    ssl=self._tls if origin.is_tls else None,
+                )
+        except (OSError, TimeoutError) as error:
+            raise UpstreamConnectionError("upstream_unreachable", "The upstream could not be reached.") from error
+        return connection
+
+    def keep(self, connection: UpstreamConnection) -> None:
+        """Take an idle connection back."""
+        idle = self._idle.setdefault(connection._origin, deque())
+        connection.idle_since = self._loop.time()
+        idle.append(connection)
+        if len(idle) > IDLE_PER_HOST_MAX:
+            idle.popleft().abort()
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """Drop an idle connection that the peer has closed."""
+        idle = self._idle.get(connection._origin)
+        if idle is not None and connection in idle:
+            idle.remove(connection)
+
+    async def close(self) -> None:
+        """Close everything."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        for idle in self._idle.values():
+            for connection in tuple(idle):
+                connection.abort()
+        for connection in tuple(self.active):
+            connection.abort()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self._loop.time()
+            for connection in tuple(self.active):
+                if now > connection.deadline and connection.is_awaited:
+                    connection.fail("upstream_timeout", "The upstream did not answer in time.")
+            for idle in self._idle.values():
+                while idle and now - idle[0].idle_since > IDLE_S:
+                    idle.popleft().abort()
