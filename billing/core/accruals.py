@@ -24,7 +24,8 @@ class AccrualGroup(NamedTuple):
     """A sum that the ledger carries, rounded to 9 decimals once.
 
     `source_id` is a contract on the TENANT side, an upstream on the PROVIDER side, an agreement version on the OWNER
-    side.
+    side. The rate card and the token kind are those of a TENANT's charge (0 and "" on the other sides), so that a
+    group never spans two lines of an invoice or a statement.
     """
 
     side: str
@@ -32,6 +33,8 @@ class AccrualGroup(NamedTuple):
     served_model_id: int
     source_id: int
     currency: str
+    rate_card_id: int = 0
+    token_kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,18 @@ def sum_charges(charges: Mapping[ChargeKey, Charge]) -> dict[AccrualGroup, Decim
     """Return the accrued amount of each group of charges, in 9 decimals."""
     exact: dict[AccrualGroup, Decimal] = defaultdict(Decimal)
     for key, charge in charges.items():
-        source_id = key.upstream_id if key.contract_id is None else key.contract_id
-        group = AccrualGroup(key.side, key.tenant_id, key.served_model_id, source_id, charge.currency)
+        if key.contract_id is None:
+            group = AccrualGroup(key.side, key.tenant_id, key.served_model_id, key.upstream_id, charge.currency)
+        else:
+            group = AccrualGroup(
+                key.side,
+                key.tenant_id,
+                key.served_model_id,
+                key.contract_id,
+                charge.currency,
+                key.rate_card_id,
+                key.token_kind,
+            )
         exact[group] = EXACT.add(exact[group], charge.amount_unrounded)
     return {group: quantize_ledger(amount) for group, amount in exact.items()}
 
@@ -79,9 +92,10 @@ def build_accrual_drafts(
     for group, amount in differences.items():
         drafts[group.side, group.tenant_id] += _build_drafts(group, amount, dates=dates, parties=parties)
     titles = {TENANT: "usage", PROVIDER: "provider cost", OWNER: "royalties"}
+    order = list(titles)
     return [
         (f"{side.lower()}/{tenant_id}", draft)
-        for (side, tenant_id), some in drafts.items()
+        for (side, tenant_id), some in sorted(drafts.items(), key=lambda item: (item[0][1], order.index(item[0][0])))
         for draft in merge_drafts(some, description=f"{titles[side]} {label}")
     ]
 

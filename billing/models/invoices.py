@@ -57,8 +57,6 @@ class Invoice(models.Model):
     tax_name = models.CharField(max_length=40, blank=True)
     tax_minor = models.BigIntegerField(default=0)
     total_minor = models.BigIntegerField(default=0)
-    # What it takes from "unbilled receivable": the ledger's 9 decimals of the same charges.
-    unbilled_amount = models.DecimalField(max_digits=38, decimal_places=9, default=0, editable=False)
     issued_on = models.DateField(null=True, blank=True)
     due_on = models.DateField(null=True, blank=True)
     finalized_at = models.DateTimeField(null=True, blank=True)
@@ -133,6 +131,8 @@ class InvoiceLine(models.Model):
     price_per_mtok = models.DecimalField(max_digits=38, decimal_places=18, null=True, blank=True)
     amount_unrounded = models.DecimalField(max_digits=56, decimal_places=24)
     amount_minor = models.BigIntegerField()
+    # What finalizing takes from "unbilled receivable": the ledger's 9 decimals of the same charge.
+    accrued_amount = models.DecimalField(max_digits=38, decimal_places=9, default=0, editable=False)
     origin_period = models.CharField(max_length=7, blank=True)
 
     class Meta:

@@ -24,8 +24,6 @@ class Statement(models.Model):
     period_start = models.DateField()
     period_end = models.DateField()
     total_minor = models.BigIntegerField(default=0)
-    # What it takes from the accrued payable: the ledger's 9 decimals of the same lines.
-    accrued_amount = models.DecimalField(max_digits=38, decimal_places=9, default=0, editable=False)
     is_final = models.BooleanField(default=False)
     canonical_sha256 = models.CharField(max_length=64, blank=True)
 
@@ -61,6 +59,8 @@ class StatementLine(models.Model):
     inputs = models.JSONField()
     amount_unrounded = models.DecimalField(max_digits=56, decimal_places=24)
     amount_minor = models.BigIntegerField()
+    # What the ledger has accrued for the line, in 9 decimals; the rest up to `amount_minor` is rounding.
+    accrued_amount = models.DecimalField(max_digits=38, decimal_places=9, default=0, editable=False)
     origin_period = models.CharField(
         max_length=7, blank=True, help_text="YYYY-MM, where it adjusts a closed period"
     )
