@@ -15,6 +15,7 @@ How usage is merged (reference: `providers/README.md`):
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -194,9 +195,7 @@ class OpenAIStreamMeter:
         if self._asked_continuous or (self._asked_usage and has_finish and not self._is_continuous):
             return frame
         # OpenAI's contract: only the last chunk has usage, unless the client asked for it on each.
-        members = _decode_members(data)
-        members.pop("usage", None)
-        return build_frame(msgspec.json.encode(members))
+        return build_frame(_drop_usage(data, chunk))
 
     def _take_usage(self, usage: Any, choices: list[dict[str, Any]], *, has_finish: bool) -> None:
         reported = read_openai_usage(
@@ -234,6 +233,16 @@ class OpenAIStreamMeter:
     def _fail(self, failure: UpstreamFailure) -> None:
         self._error = failure
         self.is_done = True
+
+
+def _drop_usage(data: bytes, chunk: dict[str, Any]) -> bytes:
+    """Return a chunk without its `usage`; the other members keep their bytes, unless they are not quite JSON."""
+    try:
+        members = _decode_members(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return json.dumps({name: value for name, value in chunk.items() if name != "usage"}).encode()
+    members.pop("usage", None)
+    return msgspec.json.encode(members)
 
 
 def _add_choice(total: ReportedUsage, part: ReportedUsage) -> ReportedUsage:

@@ -6,6 +6,7 @@ PENDING_BYTES_MAX of them have gathered are they turned into text: a frame is ab
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -156,10 +157,17 @@ class Transcript:
 
 
 def parse_json(data: bytes | None) -> Any:
-    """Return the parsed JSON, or None where there is none or it is broken."""
+    """Return the parsed JSON, or None where there is none or it is broken.
+
+    `NaN` and `Infinity` are taken although JSON has none: some servers write them, and they must be seen to be refused.
+    """
     if not data:
         return None
     try:
         return msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
         return None
