@@ -156,6 +156,18 @@ def own_redis(server_folder: Path) -> Iterator[EmbeddedRedis]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def hledger_program() -> str:
+    """The path of hledger, an independent ledger program that our export is checked against."""
+    program = shutil.which("hledger")
+    if program:
+        return program
+    message = "hledger is not installed (apt-get install hledger): the ledger export was not checked against it"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
 def _execute_flush_without_triggers(operations: DatabaseOperations, sql_list: list[str]) -> None:
     """Empty the tables after a test that committed, with the triggers against TRUNCATE off.
 

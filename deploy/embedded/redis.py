@@ -19,9 +19,10 @@ from deploy.embedded.server import EmbeddedServer
 class EmbeddedRedis(EmbeddedServer):
     """A Redis-protocol server on `<data_dir>/redis`, with an append-only file and a password.
 
-    `appendfsync="everysec"` may lose the last second on a crash of the host (not of the
-    process); `"always"` loses nothing that was acknowledged. `extra` holds further lines for
-    its configuration file, e.g. `("io-threads 2",)`.
+    `appendfsync="always"` keeps what was acknowledged through any crash. `"everysec"` does not,
+    even where only the process is killed: while its once-a-second fsync runs, it acknowledges
+    writes that are in its own memory alone (`deploy/decisions/0003-append-only-file.md`).
+    `extra` holds further lines for its configuration file, e.g. `("io-threads 2",)`.
     """
 
     name = "The Redis-protocol server"
@@ -32,7 +33,7 @@ class EmbeddedRedis(EmbeddedServer):
         data_dir: Path,
         *,
         port: int | None = None,
-        appendfsync: str = "everysec",
+        appendfsync: str = "always",
         extra: Sequence[str] = (),
     ):
         self._data_dir = Path(data_dir).absolute()

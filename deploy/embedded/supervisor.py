@@ -238,7 +238,8 @@ class Supervisor:
         if not os.environ.get("TOLLBOOK_DATABASE_URL"):
             self._servers["postgres"] = EmbeddedPostgres(self.data_dir)
         if not os.environ.get("TOLLBOOK_REDIS_URL"):
-            self._servers["redis"] = EmbeddedRedis(self.data_dir)
+            appendfsync = os.environ.get("TOLLBOOK_REDIS_APPENDFSYNC") or "always"
+            self._servers["redis"] = EmbeddedRedis(self.data_dir, appendfsync=appendfsync)
         for name, server in self._servers.items():
             server.port = choose_free_port(last.port_of(name) if last else None)
             _rotate_log(self._log_path(name))

@@ -18,6 +18,7 @@ FUNCTION_LINES_MAX = 60
 FORBIDDEN_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "mapper", "base"}
 # A float that is no money and no quantity (seconds to wait, a ratio to show) says so on its line.
 NOT_MONEY = re.compile(r"#.*\bnot money: \w+")
+TIME_NAME = re.compile(r"_m?s(_max|_min)?$", re.IGNORECASE)
 VARIABLE = re.compile(r"\bTOLLBOOK_[A-Z0-9]+(?:_[A-Z0-9]+)*\b(?!_)")
 
 
@@ -41,8 +42,13 @@ def list_python_files(*folders: str, recursive: bool = True) -> list[Path]:
 
 
 def find_floats(source: str, path: str) -> list[Violation]:
-    """Float literals and calls of `float`, unless the line says that it is not money."""
+    """Float literals and calls of `float`; but seconds and milliseconds are neither money nor quantities.
+
+    A value bound to a name that ends in `_s` or `_ms` is a time; any other exception says so on its line.
+    """
     lines = source.splitlines()
+    tree = ast.parse(source)
+    times = {id(node) for value in _iterate_time_values(tree) for node in ast.walk(value)}
 
     def is_float(node: ast.AST) -> bool:
         if isinstance(node, ast.Constant):
@@ -55,9 +61,26 @@ def find_floats(source: str, path: str) -> list[Violation]:
     )
     return [
         Violation(path, node.lineno, message)
-        for node in ast.walk(ast.parse(source))
-        if is_float(node) and not NOT_MONEY.search(lines[node.lineno - 1])
+        for node in ast.walk(tree)
+        if is_float(node) and id(node) not in times and not NOT_MONEY.search(lines[node.lineno - 1])
     ]
+
+
+def _iterate_time_values(tree: ast.AST) -> Iterator[ast.expr]:
+    """The values that are bound to names of times: by assignment, as an argument, as a default."""
+    for node in ast.walk(tree):
+        bound: list[tuple[str, ast.expr | None]] = []
+        if isinstance(node, ast.Assign):
+            bound = [(ast.unparse(target), node.value) for target in node.targets]
+        elif isinstance(node, ast.AnnAssign):
+            bound = [(ast.unparse(node.target), node.value)]
+        elif isinstance(node, ast.keyword):
+            bound = [(node.arg or "", node.value)]
+        elif isinstance(node, ast.arguments):
+            names = [*node.posonlyargs, *node.args]
+            defaults = [*[None] * (len(names) - len(node.defaults)), *node.defaults, *node.kw_defaults]
+            bound = [(name.arg, default) for name, default in zip([*names, *node.kwonlyargs], defaults, strict=True)]
+        yield from (value for name, value in bound if value is not None and TIME_NAME.search(name))
 
 
 def find_rounding(source: str, path: str) -> list[Violation]:
@@ -164,5 +187,5 @@ def find_unwanted_modules(loaded: Iterable[str]) -> set[str]:
 def find_private_places(text: str) -> list[str]:
     """Names of package indexes and paths of one machine: a clone elsewhere has neither."""
     hosts = ("pypi" + ".org", "pythonhosted" + ".org", "registry.npmjs" + ".org")
-    paths = ("/root" + "/.pyenv", "/work" + "/main", "/work" + "/shared", "/home" + "/")
-    return [place for place in (*hosts, *paths) if place in text]
+    paths = re.findall(r"(?<![\w.])/(?:root/\.|home/|work/)\w+", text)
+    return [host for host in hosts if host in text] + paths

@@ -159,7 +159,9 @@ def test_nothing_names_a_package_index_or_a_path_of_one_machine() -> None:
 
 def test_package_index_is_found() -> None:
     assert find_private_places("index-url = https://pypi" + ".org/simple")
-    assert not find_private_places("https://www.apache.org/licenses/")
+    assert find_private_places("cd /work" + "/main && make")
+    assert find_private_places("PATH=/root" + "/.pyenv/shims")
+    assert not find_private_places("https://www.apache.org/licenses/ or https://a.example/home/page")
 
 
 @pytest.mark.parametrize("lock", sorted((REPOSITORY / "deploy").glob("requirements*.txt")), ids=lambda path: path.name)

@@ -16,7 +16,7 @@ def test_money_and_quantities_know_no_float() -> None:
     assert not found, "\n".join(map(str, found))
 
 
-@pytest.mark.parametrize("expression", ["0.07", "1e3", "float(amount)", "sum(parts, 0.0)", "-1.5"])
+@pytest.mark.parametrize("expression", ["0.07", "1e3", "float(amount)", "sum(parts, 0.0)", "-1.5", "split(share=0.5)"])
 def test_float_is_found(expression: str) -> None:
     found = find_floats(f"rate = 1\namount = {expression}\n", "billing/core/x.py")
 
@@ -24,14 +24,23 @@ def test_float_is_found(expression: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["amount = Decimal('0.07')", "amount = 7", "timeout_s = 0.5  # not money: seconds", "text = '0.07'"]
+    "line",
+    [
+        "amount = Decimal('0.07')",
+        "amount = 7",
+        "text = '0.07'",
+        "TIMEOUT_S = 0.5",
+        "wait(time_s_max=30.0)",
+        "def wait(a, /, b, timeout_s=0.5, *, delay_ms: float = 2.5): pass",
+        "sleep(0.5)  # not money: seconds",
+    ],
 )
 def test_exact_numbers_and_explained_floats_are_fine(line: str) -> None:
     assert find_floats(line, "billing/core/x.py") == []
 
 
 def test_float_without_a_reason_is_found() -> None:
-    assert find_floats("timeout_s = 0.5  # not money:\n", "billing/core/x.py")
+    assert find_floats("sleep(0.5)  # not money:\n", "billing/core/x.py")
 
 
 def test_only_one_place_rounds() -> None:
