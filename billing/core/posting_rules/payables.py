@@ -112,6 +112,48 @@ def build_payable_failed(
     return build_joint_entries("payable_failed", legs, dates=dates, description=f"payout {reference} returned")
 
 
+def build_provider_variance(*, dates: EntryDates, party_id: int, variance: Money, reference: str) -> Drafts:
+    """J09v. The provider's own invoice is higher than our statement by 1.50, and we accept it.
+
+    | book | account | debit | credit | currency |
+    |---|---|---:|---:|---|
+    | corporate | 5001 Provider invoice variance | 1.50 | | USD |
+    | corporate | 2101 Provider payable approved | | 1.50 | USD |
+    """
+    legs = _move("5001", "2101", variance, party_id=party_id)
+    return build_joint_entries("provider_variance", legs, dates=dates, description=f"variance {reference}")
+
+
+def build_reserve_held(*, dates: EntryDates, party_id: int, amount: Money, reference: str) -> Drafts:
+    """J09h. A part is held back against later refunds: 10 % of 2,220.00.
+
+    | book | account | debit | credit | currency |
+    |---|---|---:|---:|---|
+    | corporate | 2101 Provider payable approved | 222.00 | | USD |
+    | corporate | 2102 Provider reserve | | 222.00 | USD |
+    """
+    legs = _move("2101", "2102", amount, party_id=party_id)
+    return build_joint_entries("reserve_held", legs, dates=dates, description=f"reserve {reference}")
+
+
+def build_reserve_released(*, dates: EntryDates, party_id: int, amount: Money, kept: Money, reference: str) -> Drafts:
+    """J17. The reserve is released; `kept` of `amount` pays for chargebacks that are the provider's.
+
+    | book | account | debit | credit | currency |
+    |---|---|---:|---:|---|
+    | corporate | 2102 Provider reserve | 222.00 | | USD |
+    | corporate | 5000 Provider cost | | 12.00 | USD |
+    | corporate | 2101 Provider payable approved | | 210.00 | USD |
+    """
+    currency = amount.currency
+    legs = [
+        PostingDraft("2102", currency, to_decimal(amount), party_id=party_id),
+        PostingDraft("5000", currency, -to_decimal(kept), party_id=party_id),
+        PostingDraft("2101", currency, -to_decimal(amount - kept), party_id=party_id),
+    ]
+    return build_joint_entries("reserve_released", legs, dates=dates, description=f"reserve {reference} released")
+
+
 def _move(debit: str, credit: str, amount: Money, *, party_id: int) -> list[PostingDraft]:
     value = to_decimal(amount)
     return [
