@@ -19,6 +19,7 @@ INSERT_ONLY_TABLES = (
     "billing_journalkey",
     "billing_book",
     "billing_auditrecord",
+    "billing_issueddocument",
     "metering_usage_event",
 )
 

@@ -5,6 +5,7 @@ from billing.models.audit import AuditRecord
 from billing.models.catalog import LanguageModel, ServedModel, Upstream
 from billing.models.charges import AccrualRun, RatedCharge, RatedRoyalty
 from billing.models.closing import CloseStep, SettlementPeriod
+from billing.models.documents import IssuedDocument
 from billing.models.invoices import Invoice, InvoiceLine, InvoiceSeries
 from billing.models.ledger import Book, JournalEntry, JournalKey, LedgerAccount, Posting
 from billing.models.parties import ApiKey, Party, Provider, Tenant
@@ -24,6 +25,7 @@ __all__ = [
     "Invoice",
     "InvoiceLine",
     "InvoiceSeries",
+    "IssuedDocument",
     "JournalEntry",
     "JournalKey",
     "LanguageModel",
