@@ -21,7 +21,9 @@ class Service:
     stop_timeout_s: float = 15.0
 
 
-def list_services(*, sandbox_url: str, gateway_url: str, web_url: str, data_dir: Path) -> list[Service]:
+def list_services(
+    *, sandbox_url: str, gateway_url: str, web_url: str, data_dir: Path, drain_s: int = 0
+) -> list[Service]:
     """The services in the order of their start; they stop in the reverse order."""
     celery = (sys.executable, "-m", "celery", "--app", "billing.config.celery")
     return [
@@ -30,7 +32,7 @@ def list_services(*, sandbox_url: str, gateway_url: str, web_url: str, data_dir:
             name="gateway",
             argv=(sys.executable, "-m", "gateway"),
             health_url=f"{gateway_url}/healthz",
-            stop_timeout_s=40.0,  # streams in flight may end first (TOLLBOOK_GATEWAY_DRAIN_S, 30 s)
+            stop_timeout_s=drain_s + 20.0,  # streams in flight may end first
         ),
         Service(name="web", argv=_web_argv(web_url), health_url=f"{web_url}/healthz"),
         Service(

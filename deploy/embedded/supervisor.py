@@ -261,6 +261,7 @@ class Supervisor:
             "TOLLBOOK_GATEWAY_PORT": str(ports["gateway"]),
             "TOLLBOOK_GATEWAY_URL": addresses["gateway"],
             "TOLLBOOK_GATEWAY_WORKERS": os.environ.get("TOLLBOOK_GATEWAY_WORKERS") or "2",
+            "TOLLBOOK_GATEWAY_DRAIN_S": os.environ.get("TOLLBOOK_GATEWAY_DRAIN_S") or "10",
             "TOLLBOOK_WEB_PORT": str(ports["web"]),
             "TOLLBOOK_SANDBOX_PORT": str(ports["sandbox"]),
             "TOLLBOOK_SANDBOX_URL": addresses["sandbox"],
@@ -290,6 +291,7 @@ class Supervisor:
             gateway_url=addresses["gateway"],
             web_url=addresses["web"],
             data_dir=self.data_dir,
+            drain_s=int(self.environment["TOLLBOOK_GATEWAY_DRAIN_S"]),
         )
         for service in services:
             log_path = self._log_path(service.name)
