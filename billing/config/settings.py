@@ -12,6 +12,8 @@ from pathlib import Path
 import environ
 from django.core.exceptions import ImproperlyConfigured
 
+from billing.admin.unfold_settings import UNFOLD  # noqa: F401 (a setting)
+
 BASE_DIR = Path(__file__).resolve().parent.parent.parent
 env = environ.Env()
 
@@ -53,11 +55,7 @@ if _command == "migrate":
     _database_url = os.environ.get("TOLLBOOK_OWNER_DATABASE_URL") or _database_url
 DATABASES = {
     "default": {
-        **(
-            environ.Env.db_url_config(_database_url)
-            if _database_url
-            else {"ENGINE": "django.db.backends.postgresql"}
-        ),
+        **(environ.Env.db_url_config(_database_url) if _database_url else {"ENGINE": "django.db.backends.postgresql"}),
         "CONN_HEALTH_CHECKS": True,
         "CONN_MAX_AGE": 60,
         "OPTIONS": {"application_name": f"tollbook {_command or 'web'}"[:63]},
@@ -67,6 +65,7 @@ REDIS_URL = _read_required("TOLLBOOK_REDIS_URL", "the Redis-protocol server")
 
 INSTALLED_APPS = [
     "unfold",
+    "unfold.contrib.filters",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -78,6 +77,7 @@ INSTALLED_APPS = [
     "pgtrigger",
     "rest_framework",
     "drf_spectacular",
+    "drf_spectacular_sidecar",
     "metering",
     "billing",
 ]
@@ -113,11 +113,13 @@ AUTH_PASSWORD_VALIDATORS = [
 ]
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LANGUAGE_CODE = "en-us"
+FORMAT_MODULE_PATH = "billing.config.formats"
 TIME_ZONE = "UTC"
 USE_TZ = True
 
 STATIC_URL = "static/"
 STATIC_ROOT = DATA_DIR / "static"
+STATICFILES_DIRS = [BASE_DIR / "billing" / "admin" / "static"]
 WHITENOISE_USE_FINDERS = True
 
 ALLOWED_HOSTS = env.list("TOLLBOOK_ALLOWED_HOSTS", default=["127.0.0.1", "localhost"])
@@ -135,7 +137,16 @@ REST_FRAMEWORK = {
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "COERCE_DECIMAL_TO_STRING": True,
 }
-SPECTACULAR_SETTINGS = {"TITLE": "Tollbook", "VERSION": "1", "SERVE_INCLUDE_SCHEMA": False}
+SPECTACULAR_SETTINGS = {
+    "TITLE": "Tollbook",
+    "DESCRIPTION": "Invoices and usage. A tenant calls with one of its API keys and sees what is its own.",
+    "VERSION": "1",
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SCHEMA_PATH_PREFIX": "/api/v1",
+    # The pages come from the installed package: no other host is ever asked.
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+}
 
 CELERY_BROKER_URL = REDIS_URL
 CELERY_TASK_IGNORE_RESULT = True

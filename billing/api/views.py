@@ -1,0 +1,156 @@
+"""The API: invoices with their documents, and usage. Read-only; each caller sees what is theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db.models import QuerySet
+from django.http import HttpResponse
+from django.shortcuts import get_object_or_404
+from drf_spectacular.types import OpenApiTypes
+from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
+from rest_framework.exceptions import PermissionDenied, ValidationError
+from rest_framework.generics import ListAPIView, RetrieveAPIView
+from rest_framework.pagination import PageNumberPagination
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from billing.api.authentication import (
+    ApiKeyAuthentication,
+    MayReadBills,
+    StaffSessionAuthentication,
+    get_own_tenant_id,
+)
+from billing.api.downloads import RENDERERS, build_invoice_download
+from billing.api.serializers import (
+    InvoiceDetail,
+    InvoiceQuestion,
+    InvoiceSummary,
+    UsagePage,
+    UsageQuestion,
+)
+from billing.core.errors import InvalidInputError
+from billing.core.periods import Month
+from billing.models import Invoice, Tenant
+from billing.selectors.usage_report import list_usage
+
+NUMBER = OpenApiParameter("number", str, OpenApiParameter.PATH, description="as printed, e.g. TB-2026-000042")
+
+
+class BillsView(APIView):
+    """Base of every endpoint: authenticated, and limited to the caller's tenant."""
+
+    authentication_classes = (ApiKeyAuthentication, StaffSessionAuthentication)
+    permission_classes = (MayReadBills,)
+
+
+class InvoicePages(PageNumberPagination):
+    """50 invoices a page unless asked otherwise, 100 at most."""
+
+    page_size = 50
+    page_size_query_param = "page_size"
+    max_page_size = 100
+
+
+def list_invoices(request: Request) -> QuerySet[Invoice]:
+    """Return the numbered invoices that the caller may see, newest first. Drafts are no documents yet."""
+    invoices = Invoice.objects.exclude(number=None).select_related("tenant__party", "series")
+    tenant_id = get_own_tenant_id(request)
+    if tenant_id is not None:
+        invoices = invoices.filter(tenant_id=tenant_id)
+    return invoices.order_by("-period_start", "-number", "-pk")
+
+
+def get_invoice(request: Request, number: str) -> Invoice:
+    """Return the invoice by its printed number; 404 where the caller has none of it, whoever else may."""
+    prefix, _, digits = number.rpartition("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 9):
+        prefix, digits = "", "0"
+    return get_object_or_404(list_invoices(request), series_id=prefix, number=int(digits))
+
+
+class InvoiceListView(BillsView, ListAPIView):
+    """Invoices, newest period first."""
+
+    serializer_class = InvoiceSummary
+    pagination_class = InvoicePages
+    queryset = Invoice.objects.none()  # for the schema; the caller's own are in get_queryset
+
+    def get_queryset(self) -> QuerySet[Invoice]:
+        asked = InvoiceQuestion(data=self.request.query_params)
+        asked.is_valid(raise_exception=True)
+        invoices = list_invoices(self.request)
+        if status := asked.validated_data.get("status"):
+            invoices = invoices.filter(status=status)
+        if period := asked.validated_data.get("period"):
+            invoices = invoices.filter(period_start=Month.parse(period).start)
+        return invoices
+
+    @extend_schema(operation_id="listInvoices", parameters=[InvoiceQuestion])
+    def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """List invoices."""
+        return super().get(request, *args, **kwargs)
+
+
+class InvoiceView(BillsView, RetrieveAPIView):
+    """One invoice with its lines."""
+
+    serializer_class = InvoiceDetail
+
+    def get_object(self) -> Invoice:
+        return get_invoice(self.request, self.kwargs["number"])
+
+    @extend_schema(operation_id="getInvoice", parameters=[NUMBER])
+    def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Return an invoice."""
+        return super().get(request, *args, **kwargs)
+
+
+class InvoiceDocumentView(BillsView):
+    """The documents of an invoice, the same bytes every time."""
+
+    @extend_schema(
+        operation_id="getInvoiceDocument",
+        parameters=[NUMBER, OpenApiParameter("extension", str, OpenApiParameter.PATH, enum=list(RENDERERS))],
+        responses={
+            (200, content_type.partition(";")[0]): OpenApiResponse(OpenApiTypes.BINARY)
+            for content_type, _ in RENDERERS.values()
+        },
+    )
+    def get(self, request: Request, number: str, extension: str) -> HttpResponse:
+        """Download the PDF, CSV or canonical JSON of an invoice."""
+        return build_invoice_download(get_invoice(request, number), extension)
+
+
+class UsageView(BillsView):
+    """Calls and tokens."""
+
+    @extend_schema(operation_id="listUsage", parameters=[UsageQuestion], responses=UsagePage)
+    def get(self, request: Request) -> Response:
+        """Return usage by day and served model, or by what is asked for."""
+        asked = UsageQuestion(data=request.query_params)
+        asked.is_valid(raise_exception=True)
+        values = asked.validated_data
+        limit, offset = values["limit"], values["offset"]
+        try:
+            rows = list_usage(
+                start=values["start"],
+                end=values["end"],
+                by=list(dict.fromkeys(values["by"].split(","))),
+                tenant_id=self._choose_tenant_id(request, values.get("tenant")),
+                rows_max=limit + 1,
+                offset=offset,
+            )
+        except InvalidInputError as error:
+            raise ValidationError(str(error), code=error.code) from error
+        page = {"next_offset": offset + limit if len(rows) > limit else None, "results": rows[:limit]}
+        return Response(UsagePage(page).data)
+
+    def _choose_tenant_id(self, request: Request, slug: str | None) -> int | None:
+        own = get_own_tenant_id(request)
+        if slug is None:
+            return own
+        if own is not None and request.user.tenant.party.slug != slug:
+            raise PermissionDenied("an API key reads the usage of its own tenant only")
+        return get_object_or_404(Tenant, party__slug=slug).pk

@@ -1,0 +1,1 @@
+"""Formats of English, which is the language of the admin."""
