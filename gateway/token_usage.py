@@ -42,9 +42,10 @@ def believe_usage(usage: ReportedUsage, *, context_tokens_max: int, choices_coun
         usage.cache_write_tokens,
         usage.reasoning_tokens,
     )
-    # `type` and not `isinstance`: True is an int to Python, and not a number of tokens.
-    if any(type(count) is not int or not 0 <= count <= TOKENS_MAX for count in counts):
-        return None
+    for count in counts:
+        # `type` and not `isinstance`: True is an int to Python, and not a number of tokens.
+        if type(count) is not int or not 0 <= count <= TOKENS_MAX:
+            return None
     if usage.input_tokens == 0:
         return None
     if usage.cached_input_tokens + usage.cache_write_tokens > usage.input_tokens:

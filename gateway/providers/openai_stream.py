@@ -25,7 +25,7 @@ from gateway.providers.base import CallRequest, CallResult, ReportedUsage, Upstr
 from gateway.providers.transcript import Transcript, parse_json
 from gateway.providers.upstream_errors import build_invalid_answer, classify_body
 from gateway.sse import FrameSplitter, FrameTooLargeError, build_frame, get_frame_data
-from gateway.token_usage import get_choices_count, mark_source, read_openai_usage
+from gateway.token_usage import believe_usage, get_choices_count, mark_source, read_openai_usage
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -61,6 +61,17 @@ def drop_stateful_lines(frame: bytes) -> bytes:
     """
     lines = frame.splitlines(keepends=True)
     return b"".join(line for line in lines if line.startswith((b"data:", b":")) or not line.strip())
+
+
+class _RunningCount(msgspec.Struct, forbid_unknown_fields=True):
+    """The plain counts on a chunk of text; a `usage` with anything more is read the long way."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+_decode_running_count = msgspec.json.Decoder(_RunningCount).decode
 
 
 class OpenAIStreamMeter:
@@ -118,9 +129,13 @@ class OpenAIStreamMeter:
         """Return the bytes for the client now; see StreamMeter."""
         if self.is_done:
             return b""
-        if self._has_started and not self._splitter.pending and is_plain(data) and not needs_parsing(data):
-            self._transcript.add_frames(data)
-            return data
+        if self._has_started and not self._splitter.pending and is_plain(data):
+            if not needs_parsing(data):
+                self._transcript.add_frames(data)
+                return data
+            shortened = self._feed_running_count(data)
+            if shortened is not None:
+                return shortened
         try:
             frames = self._splitter.split(data)
         except FrameTooLargeError as error:
@@ -132,6 +147,33 @@ class OpenAIStreamMeter:
             if self.is_done:
                 break
         return b"".join(relayed)
+
+    def _feed_running_count(self, data: bytes) -> bytes | None:
+        """Take one frame of text that ends in vLLM's running count, and return what the client gets of it.
+
+        None sends the frame the long way. It is a shortcut only: an object that is followed by one brace and the
+        frame's end is a member of the chunk itself, so neither the chunk nor its text need be parsed.
+        """
+        start = data.rfind(b',"usage":{')
+        if start < 0 or not self._is_continuous or self._choices_count != 1 or needs_parsing(data[:start]):
+            return None
+        try:
+            reported = _decode_running_count(data[start + 9 : -3])
+        except msgspec.DecodeError:
+            return None
+        if data[-3:] != b"}\n\n" or data.count(b"\n") != 2:
+            return None
+        usage = believe_usage(
+            ReportedUsage(reported.prompt_tokens, reported.completion_tokens),
+            context_tokens_max=self._context_tokens_max,
+            choices_count=1,
+        )
+        if usage is None:
+            return None
+        self._by_choice[0] = self.last_usage = usage
+        self._transcript.add_frames(data)
+        self._transcript.mark()
+        return data if self._asked_continuous else data[:start] + b"}\n\n"
 
     def finish(self) -> CallResult:
         """Return what was seen; see StreamMeter."""

@@ -104,6 +104,20 @@ def test_running_count_follows_the_stream():
     assert counts == [0, 1, 2, 3, 3, 3]
 
 
+def test_shortcut_for_running_counts_equals_the_long_way():
+    texts = ["a", ',"usage":{"prompt_tokens":1}', "}", '"', "é你🦙", "\n\n"]
+    frames = [chunk("", usage=usage(36, 0)), *[chunk(text, usage=usage(36, 1 + i)) for i, text in enumerate(texts)]]
+    nested = frame({"id": "x", "choices": [{"index": 0, "delta": {"content": "b"}, "usage": usage(1, 1)}]})
+    frames += [nested, chunk("c", usage=usage(36, 9)) + chunk("d", usage=usage(36, 10)), chunk("e", usage=usage(-1, 1))]
+    for options in ({}, {"continuous": True, "asked": True}):
+        short, long = open_meter(**options), open_meter(body={"n": 2}, **options)
+        for data in frames:
+            assert short.feed(data) == long.feed(data)
+            assert short.last_usage == long.last_usage
+        assert short.finish().emitted() == long.finish().emitted()
+        assert short.finish().usage == long.finish().usage
+
+
 @pytest.mark.parametrize("cut", range(1, 5))
 def test_cut_with_continuous_usage_bills_what_was_emitted(cut):
     _, result, _ = run(continuous_stream()[:cut])
@@ -264,6 +278,15 @@ def test_text_that_looks_like_protocol_is_text():
     assert result.error is None
     assert result.finish_reason == ""
     assert result.emitted().choices[0].content == "".join(texts)
+
+
+def test_cut_before_text_that_looks_like_a_frame():
+    tricky = chunk("see data: x")
+    cut = tricky.index(b"data: x")
+    meter = open_meter()
+    meter.feed(PLAIN[0])
+    assert meter.feed(tricky[:cut]) == b""
+    assert meter.feed(tricky[cut:]) == tricky
 
 
 def test_lines_that_kill_the_python_client_are_dropped():
