@@ -136,9 +136,13 @@ class MissingFigureError(BillingError):
 
 
 class CloseRefusedError(BillingError):
-    """A check of the month close is red; the message lists every reason."""
+    """A check of the month close is red; the message lists every reason, and `checks` is the whole checklist."""
 
     code = "close_refused"
+
+    def __init__(self, message: str, checks: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.checks = checks
 
 
 class MissingExchangeRateError(BillingError):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 
+import redis
 from django.db import connection
+from django.db.models import Count
 
 from billing.core.period_rating import BILLABLE_OUTCOMES, UsageSegment
 from billing.core.periods import Month
 from billing.core.rate_cards import build_segments
 from billing.models import Tenant
 from gateway.contract.token_kind import split_token_kinds
-from metering.models import UsageRollup
+from metering.models import QuarantinedEvent, UsageRollup
+from metering.selectors import get_metering_state
+from metering.verification import verify_period
+
+# A call of the last minutes of a period may be written to its stream a little after the end.
+STREAM_GRACE = timedelta(minutes=10)
 
 # Rollups have a row per tenant, day, key, model, upstream and outcome. The database adds them up, because a month
 # of 1,000 tenants is a million of them and rating needs only the sum of each segment.
@@ -67,3 +74,36 @@ def list_used_zones(start: date, end: date) -> list[str]:
     """Return the IANA zones of the tenants that used anything on days `[start, end)`."""
     used = UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end).order_by().values("tenant_id").distinct()
     return sorted(Tenant.objects.filter(pk__in=used).values_list("timezone", flat=True).distinct().order_by())
+
+
+def list_metering_problems(*, before: datetime) -> dict[str, list[str]]:
+    """Return what metering still owes for usage before an instant, as sentences by "streams", "quarantine", "gaps".
+
+    A stream that does not answer is a problem too: nobody knows what waits in it.
+    """
+    problems: dict[str, list[str]] = {"streams": [], "quarantine": [], "gaps": []}
+    try:
+        state = get_metering_state()
+    except redis.RedisError as error:
+        problems["streams"].append(f"the usage streams do not answer: {error}")
+        state = get_metering_state(with_streams=False)
+    for stream in state.streams:
+        oldest_at = datetime.now(UTC) - timedelta(milliseconds=stream.oldest_age_ms)
+        if stream.entry_count and oldest_at < before + STREAM_GRACE:
+            problems["streams"].append(
+                f"partition {stream.partition} has {stream.entry_count} entries not recorded yet, "
+                f"the oldest of {oldest_at:%Y-%m-%d %H:%M:%S} UTC"
+            )
+    held = QuarantinedEvent.objects.filter(state=QuarantinedEvent.State.HELD, counted_hour__lt=before)
+    for reason, count in held.order_by("reason").values_list("reason").annotate(Count("id")):
+        problems["quarantine"].append(f"{count} events are held in quarantine: {reason}")
+    problems["gaps"] = [
+        f"{gap.producer} numbered events {gap.first_seq} to {gap.last_seq} that have not arrived"
+        for gap in state.gaps
+    ]
+    return problems
+
+
+def list_rollup_differences(start: date, end: date) -> list[str]:
+    """Return where the rollups of days `[start, end)` differ from the raw events, as sentences."""
+    return [str(difference) for difference in verify_period(start, end).differences]

@@ -7,8 +7,9 @@ owner meta               5 % of net (charge less provider cost), 2 % where a mod
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -27,7 +28,12 @@ from billing.models import (
     Tenant,
     Upstream,
 )
-from metering.models import UsageRollup
+from billing.services.catalog import publish_catalog
+from gateway.contract.token_kind import Outcome
+from metering.catalog import clear_catalog_cache, load_catalog
+from metering.event_partitions import clear_known_days
+from metering.ingestion import CatalogNames, IngestionState, UsageRecord, record_sourced_events
+from metering.models import Recording, UsageRollup
 
 LONG_AGO = date(2026, 1, 1)
 
@@ -155,3 +161,45 @@ def add_usage(
     for name, count in {"calls": calls, **counts}.items():
         setattr(row, name, getattr(row, name) + count)
     row.save()
+
+
+def record_calls(
+    tenant: str,
+    upstream: str,
+    *,
+    at: datetime,
+    calls: int = 1,
+    outcome: str = "completed",
+    source: str = "scenario",
+    **tokens: int,
+) -> None:
+    """Record `calls` equal calls by metering itself: raw events and rollups, in one transaction."""
+    publish_catalog()
+    names = CatalogNames(load_catalog())
+    served_model = Upstream.objects.get(slug=upstream).served_model.name
+    first = next(_ids)
+    records = (
+        UsageRecord(
+            id=f"{first}-{number}",
+            tenant=tenant,
+            served_model=served_model,
+            upstream=upstream,
+            occurred_at=at,
+            outcome=Outcome(outcome),
+            **tokens,
+        )
+        for number in range(calls)
+    )
+    now_us = int(datetime.now(UTC).timestamp() * 1_000_000)
+    events = [names.build_event(record, now_us=now_us, default_source=source) for record in records]
+    states = record_sourced_events(events, kind=Recording.Kind.IMPORT)
+    assert set(states) == {IngestionState.RECORDED}
+
+
+_ids = itertools.count(1)
+
+
+def forget_caches() -> None:
+    """Let metering forget what an earlier test's database knew."""
+    clear_catalog_cache()
+    clear_known_days()

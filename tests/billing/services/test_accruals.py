@@ -19,9 +19,6 @@ OCTOBER = Month(2026, 10)
 NOVEMBER = Month(2026, 11)
 
 
-@pytest.fixture
-def world(db):
-    return scenario.create_world()
 
 
 def use(world, input_tokens, output_tokens, *, on=date(2026, 10, 5), **fields):

@@ -1,0 +1,29 @@
+"""Celery tasks of billing: each calls one service."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from celery import shared_task
+
+from billing.core.errors import WrongStateError
+from billing.core.periods import Month
+from billing.services.accruals import accrue_all
+from billing.services.invoice_drafts import draft_invoices
+from billing.services.statements import build_statements
+
+
+@shared_task
+def accrue_all_task() -> None:
+    """Accrue all usage rolled up so far, daily or more often; then remake the drafts of the month before.
+
+    Finance reviews those drafts until the month is cut off; from then on they are fixed and stay as they are.
+    """
+    today = datetime.now(UTC).date()
+    accrue_all(today)
+    previous = Month.of(today).previous
+    try:
+        draft_invoices(previous)
+        build_statements(previous)
+    except WrongStateError:
+        return  # it is cut off already
