@@ -75,9 +75,7 @@ class Catalog:
         public_id, api_key = build_api_key(api_key_id.to_bytes(4) * 7 + b"\x01\x02")
         key_hash = compute_key_hash(api_key, PEPPER.encode())
         self.api_keys.append(
-            ApiKeyRecord(
-                api_key_id=api_key_id, tenant_id=tenant_id, public_id=public_id, key_hash=key_hash, **changes
-            )
+            ApiKeyRecord(api_key_id=api_key_id, tenant_id=tenant_id, public_id=public_id, key_hash=key_hash, **changes)
         )
         return api_key
 
@@ -246,7 +244,9 @@ def read_events(client: redis.Redis) -> list[UsageEvent]:
 
 def read_superseded(client: redis.Redis) -> list[Superseded]:
     """Return all fillers of all partitions."""
-    return [superseded_from_wire(entry[SUPERSEDED_FIELD]) for entry in _read_entries(client) if SUPERSEDED_FIELD in entry]
+    return [
+        superseded_from_wire(entry[SUPERSEDED_FIELD]) for entry in _read_entries(client) if SUPERSEDED_FIELD in entry
+    ]
 
 
 def wait_for_events(client: redis.Redis, count: int, *, timeout_s: float = 10.0) -> list[UsageEvent]:
@@ -297,8 +297,4 @@ def read_stats(sandbox: ServerProcess) -> dict[str, Any]:
 
 
 def _read_entries(client: redis.Redis) -> list[dict[bytes, bytes]]:
-    return [
-        entry
-        for partition in range(PARTITIONS)
-        for _identity, entry in client.xrange(get_stream_key(partition))
-    ]
+    return [entry for partition in range(PARTITIONS) for _identity, entry in client.xrange(get_stream_key(partition))]

@@ -167,7 +167,12 @@ def test_what_cannot_be_believed_or_counted_is_marked_and_has_no_tokens(stack: S
         model=MODEL, messages=HI, extra_body={"sandbox": {"fault": "zero_usage"}}
     )
     (event,) = read_events(stack.redis)
-    assert (event.outcome, event.usage_source, event.input_tokens, event.output_tokens) == ("completed", "estimated", 0, 0)
+    assert (event.outcome, event.usage_source, event.input_tokens, event.output_tokens) == (
+        "completed",
+        "estimated",
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("fault", ["http_500", "http_503", "cut_stream", "error_in_200", "bad_json"])
@@ -177,7 +182,12 @@ def test_an_upstream_error_is_one_event_and_bills_nothing(stack: Stack, fault: s
     assert caught.value.status_code >= 500
     assert set(caught.value.response.json()["error"]) == {"message", "type", "param", "code"}
     (event,) = read_events(stack.redis)
-    assert (event.outcome, event.usage_source, event.input_tokens, event.output_tokens) == ("upstream_error", "none", 0, 0)
+    assert (event.outcome, event.usage_source, event.input_tokens, event.output_tokens) == (
+        "upstream_error",
+        "none",
+        0,
+        0,
+    )
     assert len(event.attempts) == 1
     assert event.call_id == caught.value.response.headers["x-request-id"]
     assert read_holds(stack.redis) == NO_HOLDS

@@ -1,0 +1,263 @@
+"""The scripts on a real server: settle once and in order, sweep or settle but not both, counters exact."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+
+from gateway.admission import ADMIT, CANCEL
+from gateway.calls import HoldRecord
+from gateway.contract.streams import get_stream_key
+from gateway.contract.usage_event import superseded_from_wire
+from gateway.event_log import PLACE_HOLD, SETTLE, Settlement, build_settle_command
+from gateway.snapshot_reader import build_partition_keys
+from gateway.sweeper import LIST_EXPIRED, RENEW
+
+KEYS = build_partition_keys(1)
+OWNER = (1, 7)
+MONTH = "202611"
+STREAM = get_stream_key(1)
+
+
+class Scripts:
+    """The scripts as one gateway process calls them."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.client = client
+        for script in (ADMIT, CANCEL, SETTLE, PLACE_HOLD, RENEW, LIST_EXPIRED):
+            client.script_load(script.source)
+
+    def admit(
+        self, call_id: str, *, nano: int = 1_000, tokens: int = 10, lease_ms: int = 60_000, limits: Any = ()
+    ) -> Any:
+        limits = (*limits, *[""] * (8 - len(limits)))
+        keys = (
+            KEYS.holds,
+            KEYS.leases,
+            *KEYS.get_scope_keys(*OWNER),
+            *KEYS.get_month_keys(*OWNER, MONTH),
+            *KEYS.get_rate_keys(*OWNER),
+        )
+        return self.client.evalsha(
+            ADMIT.sha.decode(), len(keys), *keys, call_id, build_hold(nano), lease_ms, nano, tokens, *limits
+        )
+
+    def settle(self, seq: int, call_id: str, *, floor: int = 1, producer: str = "gw-a", **fields: Any) -> str:
+        settlement = Settlement(
+            keys=KEYS,
+            call_id=call_id,
+            tenant_id=OWNER[0],
+            api_key_id=OWNER[1],
+            month=MONTH,
+            build_event=lambda _producer, _seq: b"",
+            **{"cost_nano": 61, "billed_model_id": 11, "input_tokens": 11, "output_tokens": 25, **fields},
+        )
+        event = f"event {seq}".encode()
+        command = build_settle_command(settlement, producer=producer, seq=seq, floor=floor, event=event)
+        return self.client.execute_command(*command).decode()
+
+    def read_scope(self, index: int = 0) -> dict[str, int]:
+        return {
+            name.decode(): int(value) for name, value in self.client.hgetall(KEYS.get_scope_keys(*OWNER)[index]).items()
+        }
+
+    def read_stream(self) -> list[tuple[str, bytes]]:
+        return [
+            (name.decode(), value) for _identity, entry in self.client.xrange(STREAM) for name, value in entry.items()
+        ]
+
+
+def build_hold(nano: int) -> bytes:
+    return msgspec.msgpack.encode(
+        HoldRecord(
+            estimate_nano=nano,
+            producer="gw-a",
+            tenant_id=OWNER[0],
+            api_key_id=OWNER[1],
+            served_model_id=11,
+            provider_id=101,
+            upstream_id=1,
+            occurred_at_us=1_795_000_000_000_000,
+            endpoint="chat.completions",
+            streamed=False,
+            region="",
+        )
+    )
+
+
+@pytest.fixture
+def scripts(redis_url: str) -> Scripts:
+    with redis.Redis.from_url(redis_url) as client:
+        yield Scripts(client)
+
+
+def test_admit_holds_and_settle_releases_and_sums(scripts: Scripts) -> None:
+    assert scripts.admit("call-1", nano=1_000)[0] == 1
+    assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 1, "held": 1_000}
+    assert scripts.settle(1, "call-1") == "event"
+    assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 0, "held": 0}
+    assert scripts.read_stream() == [("e", b"event 1")]
+    tenant_month, key_month = (scripts.client.hgetall(key) for key in KEYS.get_month_keys(*OWNER, MONTH))
+    assert tenant_month == {
+        b"cost": b"61",
+        b"11:calls": b"1",
+        b"11:input": b"11",
+        b"11:output": b"25",
+        b"11:cost": b"61",
+    }
+    assert key_month == {b"cost": b"61"}
+    assert not scripts.client.exists(KEYS.holds, KEYS.leases, KEYS.progress)
+
+
+def test_a_settle_whose_reply_was_lost_is_applied_once(scripts: Scripts) -> None:
+    scripts.admit("call-1")
+    assert [scripts.settle(1, "call-1") for _ in range(3)] == ["event", "applied", "applied"]
+    assert scripts.read_stream() == [("e", b"event 1")]
+    assert scripts.read_scope() == {"running": 0, "held": 0}
+    assert scripts.client.hget(KEYS.get_month_keys(*OWNER, MONTH)[0], "cost") == b"61"
+
+
+def test_a_seq_may_not_be_passed_by_the_next_one(scripts: Scripts) -> None:
+    assert scripts.settle(1, "call-1") == "event"
+    # 2 met an error (say, out of memory) and 3 was already on the wire.
+    with pytest.raises(redis.ResponseError, match="OUTOFORDER"):
+        scripts.settle(3, "call-3", floor=2)
+    assert [scripts.settle(2, "call-2", floor=2), scripts.settle(3, "call-3", floor=2)] == ["event", "event"]
+
+
+def test_a_server_that_lost_acknowledged_events_goes_on_with_a_gap(scripts: Scripts) -> None:
+    assert scripts.settle(1, "call-1") == "event"
+    # 2 and 3 were acknowledged, then the server lost them: 4 is the producer's floor.
+    with pytest.raises(redis.ResponseError, match="OUTOFORDER"):
+        scripts.settle(5, "call-5", floor=4)
+    assert [scripts.settle(seq, f"call-{seq}", floor=4) for seq in (4, 5)] == ["event", "event"]
+    assert [value for _name, value in scripts.read_stream()] == [b"event 1", b"event 4", b"event 5"]
+
+
+def test_producers_do_not_share_a_sequence(scripts: Scripts) -> None:
+    assert scripts.settle(1, "call-1", producer="gw-a") == "event"
+    assert scripts.settle(1, "call-2", producer="gw-b") == "event"
+
+
+def test_an_expired_call_is_swept_once_and_its_late_settle_is_superseded(scripts: Scripts) -> None:
+    scripts.admit("call-1", lease_ms=0)
+    time.sleep(0.005)
+    keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.sweeper_lock)
+    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 4, *keys, "gw-b", 1000, 10) == [
+        b"call-1",
+        build_hold(1_000),
+        b"",
+    ]
+    # Another sweeper finds the partition locked.
+    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 4, *keys, "gw-c", 1000, 10) == []
+    assert scripts.settle(1, "call-1", producer="gw-b", mode="sweep") == "event"
+    assert scripts.read_scope() == {"running": 0, "held": 0}
+    assert scripts.settle(1, "call-1", producer="gw-a") == "superseded"
+    # A second sweep of it, by whomever, is a filler too.
+    assert scripts.settle(1, "call-1", producer="gw-c", mode="sweep") == "superseded"
+    (first, filler, _second) = scripts.read_stream()
+    assert first == ("e", b"event 1")
+    assert filler[0] == "s"
+    superseded = superseded_from_wire(filler[1])
+    assert (superseded.producer, superseded.seq, superseded.call_id, superseded.event) == (
+        "gw-a",
+        1,
+        "call-1",
+        b"event 1",
+    )
+    # The counters have the swept call only.
+    assert scripts.client.hget(KEYS.get_month_keys(*OWNER, MONTH)[0], "cost") == b"61"
+    assert scripts.read_scope() == {"running": 0, "held": 0}
+
+
+def test_a_renewed_call_is_not_swept(scripts: Scripts) -> None:
+    scripts.admit("call-1", lease_ms=0)
+    keys = (KEYS.holds, KEYS.leases, KEYS.progress)
+    renewed = scripts.client.evalsha(RENEW.sha.decode(), 3, *keys, 60_000, "call-1", b"counts", "call-unknown", b"")
+    assert renewed == 1
+    assert scripts.settle(1, "call-1", producer="gw-b", mode="sweep") == "superseded"
+    assert scripts.client.hgetall(KEYS.progress) == {b"call-1": b"counts"}
+    assert scripts.settle(1, "call-1", producer="gw-a") == "event"
+    assert not scripts.client.exists(KEYS.progress)
+
+
+def test_a_cancelled_call_leaves_nothing(scripts: Scripts) -> None:
+    scripts.admit("call-1", nano=0)
+    keys = (KEYS.holds, KEYS.leases, KEYS.progress, *KEYS.get_scope_keys(*OWNER))
+    assert [scripts.client.evalsha(CANCEL.sha.decode(), 5, *keys, "call-1") for _ in range(2)] == [1, 0]
+    assert scripts.read_scope() == {"running": 0, "held": 0}
+
+
+def test_the_hold_of_a_spooled_intent_is_placed_once_and_never_after_the_end(scripts: Scripts) -> None:
+    keys = (KEYS.holds, KEYS.leases, *KEYS.get_scope_keys(*OWNER), KEYS.get_ended_key("call-1"))
+
+    def place() -> int:
+        return scripts.client.evalsha(PLACE_HOLD.sha.decode(), 5, *keys, "call-1", build_hold(1_000), 60_000)
+
+    assert [place(), place()] == [1, 1]
+    assert scripts.read_scope() == {"running": 1, "held": 1_000}
+    assert scripts.settle(1, "call-1", has_spooled_intent=True) == "event"
+    # An adopter that replays the same spool again must not make an abandoned call of it.
+    assert place() == 0
+    assert scripts.read_scope() == {"running": 0, "held": 0}
+
+
+def test_the_budget_counts_what_is_spent_and_held_to_the_nano(scripts: Scripts) -> None:
+    edge = 2**53 - 1
+    limits = ("", "", "", edge)
+    assert scripts.admit("call-1", nano=edge - 1, limits=limits)[0] == 1
+    assert scripts.admit("call-2", nano=2, limits=limits) == [0, b"budget", 1, 1, 0]
+    assert scripts.admit("call-3", nano=1, limits=limits)[0] == 1
+    assert scripts.admit("call-4", nano=1, limits=limits) == [0, b"budget", 1, 1, 0]
+    assert scripts.settle(1, "call-1", cost_nano=edge - 1) == "event"
+    assert scripts.settle(2, "call-3", cost_nano=1) == "event"
+    assert scripts.admit("call-5", nano=1, limits=limits)[:4] == [0, b"budget", 1, 0]
+    assert scripts.read_scope() == {"running": 0, "held": 0}
+
+
+def test_a_refused_admission_changes_nothing(scripts: Scripts) -> None:
+    # The tenant would allow it, the key does not.
+    limits = (10, 1_000, 10, 1_000_000, "", "", 0, "")
+    assert scripts.admit("call-1", limits=limits)[:3] == [0, b"concurrent_calls", 2]
+    assert not [key for key in scripts.client.keys() if not key.startswith(b"functions")]
+
+
+def test_tokens_are_charged_by_estimate_and_corrected_by_the_settle(scripts: Scripts) -> None:
+    limits = ("", 100, "", "")
+    reply = scripts.admit("call-1", tokens=90, limits=limits)
+    assert reply[3] == 90
+    assert scripts.admit("call-2", tokens=20, limits=limits)[:3] == [0, b"tokens", 1]
+    assert scripts.settle(1, "call-1", rate_second=reply[1], tokens_difference=36 - 90) == "event"
+    assert scripts.admit("call-3", tokens=64, limits=limits)[3] == 100
+    # More than the limit at once can never pass: no wait is given.
+    assert scripts.admit("call-4", tokens=101, limits=limits)[:4] == [0, b"tokens", 1, 0]
+
+
+def test_the_window_forgets_after_sixty_full_seconds(scripts: Scripts) -> None:
+    rate = KEYS.get_rate_keys(*OWNER)[0]
+    now_s = scripts.client.time()[0]
+    limits = (3, "", "", "")
+
+    def use(age_s: int) -> None:
+        """Put one request into the window as if it had been `age_s` ago, with the window left there."""
+        second = now_s - age_s
+        scripts.client.hincrby(rate, f"r{second % 61}", 1)
+        scripts.client.hincrby(rate, "requests", 1)
+        scripts.client.hset(rate, "second", second)
+
+    use(61)
+    use(60)
+    use(1)
+    # The oldest has left; the one of 60 seconds ago may be in the same minute still.
+    assert scripts.admit("call-1", limits=limits)[2] in (2, 3)
+    scripts.client.delete(rate)
+    use(40)
+    use(20)
+    use(0)
+    reply = scripts.admit("call-2", limits=limits)
+    assert reply[:3] == [0, b"requests", 1]
+    assert 20 <= reply[3] <= 21
