@@ -20,8 +20,10 @@ def accrue_all_task() -> None:
     Finance reviews those drafts until the month is cut off; from then on they are fixed and stay as they are.
     """
     today = datetime.now(UTC).date()
-    accrue_all(today)
+    accrued = {result.month for result in accrue_all(today)}
     previous = Month.of(today).previous
+    if previous not in accrued:
+        return
     try:
         draft_invoices(previous)
         build_statements(previous)

@@ -19,8 +19,6 @@ OCTOBER = Month(2026, 10)
 NOVEMBER = Month(2026, 11)
 
 
-
-
 def use(world, input_tokens, output_tokens, *, on=date(2026, 10, 5), **fields):
     scenario.add_usage(
         world.tenant("acme"),
