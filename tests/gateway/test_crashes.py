@@ -104,7 +104,7 @@ def crash_stack(server_folder: Path) -> Iterator[CrashStack]:
 async def run_load(
     stack: CrashStack, *, calls: int, concurrency: int, chunks: int, is_over: threading.Event
 ) -> list[Answer]:
-    """Send calls until `calls` have been answered and `is_over`: half streamed, some left by the client, some failing."""
+    """Send calls until `calls` were answered and `is_over`: half streamed, some left by the client, some failing."""
     answers: list[Answer] = []
     answered_count = 0
 

@@ -1,0 +1,384 @@
+"""`make bench-gateway`: CPU of the gateway per call and per streamed chunk, beside nginx as a plain reverse proxy.
+
+Everything is on: authentication, limits, holds, durable settles. Redis (append-only file), the gateway, nginx and a
+small compiled upstream are started here; wrk sends the calls. CPU is that of the proxy's processes, from
+/proc/<pid>/stat, divided by the calls that the upstream counted. `sent - recorded` compares the upstream's count with
+the events in Redis and must be 0, as must the holds that are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import redis
+
+from deploy.embedded import EmbeddedRedis
+from deploy.embedded.server import choose_free_port
+from gateway.contract.api_key import build_api_key, compute_key_hash
+from gateway.contract.catalog_snapshot import (
+    ApiKeyRecord,
+    CatalogSnapshot,
+    Limits,
+    PriceRecord,
+    ServedModelRecord,
+    TenantRecord,
+    UpstreamRecord,
+    to_wire,
+)
+from gateway.contract.streams import SNAPSHOT_KEY, SNAPSHOT_VERSION_KEY, get_partition_tag, get_stream_key
+
+PEPPER = "pepper-of-the-benchmark"
+MODEL = "llama-3-8b-instruct"
+PARTITIONS = 8
+CHUNKS = 50
+CHUNK_PAUSE_MS = 10
+# Limits are on, and wide enough never to refuse.
+LIMITS = Limits(
+    requests_per_minute=10**9,
+    tokens_per_minute=10**12,
+    concurrent_calls=10**6,
+    monthly_budget_nano=9 * 10**15,
+)
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+NGINX_CONFIGURATION = """
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log {folder}/nginx.log;
+events {{ worker_connections 8192; }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  keepalive_requests 100000000;
+  upstream origin {{ server 127.0.0.1:{upstream}; keepalive 512; keepalive_requests 100000000; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://origin; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+    }}
+  }}
+}}
+"""
+WRK_SCRIPT = """
+wrk.method = "POST"
+wrk.headers["authorization"] = "Bearer {api_key}"
+wrk.headers["content-type"] = "application/json"
+wrk.body = '{body}'
+function delay() return {pause_ms} end
+"""
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """What is measured: where it listens and which processes' CPU counts."""
+
+    name: str
+    port: int
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One load through one proxy. CPU in µs per call; latencies in ms, as wrk saw them."""
+
+    proxy: str
+    load: str
+    calls: int
+    calls_per_s: int
+    cpu_us_per_call: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+
+
+def main() -> None:
+    """Parse, run, print; exits with 1 when a call was lost or a hold is left."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=5, help="length of each load (5)")
+    parser.add_argument("--workers", type=int, default=1, help="gateway processes (1)")
+    parser.add_argument("--connections", type=int, default=32, help="concurrent plain calls (32)")
+    parser.add_argument("--streams", type=int, default=100, help="concurrent streams (100)")
+    parser.add_argument("--appendfsync", choices=("always", "everysec"), default="always")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    options = parser.parse_args()
+    missing = [program for program in ("nginx", "wrk", "gcc") if shutil.which(program) is None]
+    if missing:
+        sys.exit(
+            f"make bench-gateway needs {', '.join(missing)}. On Debian: apt-get install nginx-light wrk gcc libc6-dev"
+        )
+    with tempfile.TemporaryDirectory(prefix="tollbook-bench-") as name, ExitStack() as servers:
+        Path(name).chmod(0o711)
+        facts = run(options, Path(name), servers)
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    if facts["sent_minus_recorded"] or facts["holds_left"]:
+        sys.exit(1)
+
+
+def run(options: argparse.Namespace, folder: Path, servers: ExitStack) -> dict:
+    """Start everything, send the loads, and return the facts."""
+    upstream_port, nginx_port, gateway_port = (choose_free_port() for _ in range(3))
+    server = servers.enter_context(EmbeddedRedis(folder, appendfsync=options.appendfsync))
+    client = servers.enter_context(redis.Redis.from_url(server.url()))
+    api_key = publish_catalog(client, upstream_port)
+    program = folder / "upstream"
+    source = Path(__file__).with_name("upstream.c")
+    subprocess.run(["gcc", "-O2", "-o", str(program), str(source)], check=True)
+    arguments = [str(program), str(upstream_port), str(CHUNKS), str(CHUNK_PAUSE_MS)]
+    servers.enter_context(start(arguments, folder, port=upstream_port))
+    configuration = folder / "nginx.conf"
+    configuration.write_text(NGINX_CONFIGURATION.format(folder=folder, upstream=upstream_port, port=nginx_port))
+    nginx_pid = servers.enter_context(start(["nginx", "-c", str(configuration)], folder, port=nginx_port))
+    environ = {
+        "TOLLBOOK_REDIS_URL": server.url(),
+        "TOLLBOOK_API_KEY_PEPPER": PEPPER,
+        "TOLLBOOK_DATA_DIR": str(folder),
+        "TOLLBOOK_GATEWAY_PORT": str(gateway_port),
+        "TOLLBOOK_GATEWAY_WORKERS": str(options.workers),
+    }
+    gateway_pid = servers.enter_context(
+        start([sys.executable, "-m", "gateway"], folder, port=gateway_port, environ=environ)
+    )
+    wait_until(lambda: len(list_children(gateway_pid)) == options.workers)
+    direct = Proxy("direct", upstream_port, ())
+    nginx = Proxy("nginx", nginx_port, (nginx_pid,))
+    gateway = Proxy("gateway", gateway_port, tuple(list_children(gateway_pid)))
+    load = Load(folder, api_key, upstream_port, options.seconds)
+    for proxy in (nginx, gateway):
+        load.measure(proxy, "warm-up", connections=options.connections, seconds=1)
+    client.delete(*(get_stream_key(partition) for partition in range(PARTITIONS)))
+    served_before = load.read_served()
+    measurements = []
+    through_gateway = 0
+    for name, shape in (
+        ("plain", {"connections": options.connections}),
+        ("half load", {"connections": 16, "pause_ms": 25}),
+        ("stream", {"connections": options.streams, "streamed": True}),
+    ):
+        for proxy in (direct, nginx, gateway) if name == "half load" else (nginx, gateway):
+            before = load.read_served()
+            measurements.append(load.measure(proxy, name, **shape))
+            through_gateway += load.read_served() - before if proxy is gateway else 0
+    time.sleep(1.0)
+    recorded = sum(client.xlen(get_stream_key(partition)) for partition in range(PARTITIONS))
+    return {
+        "measurements": [asdict(measurement) for measurement in measurements],
+        "appendfsync": options.appendfsync,
+        "workers": options.workers,
+        "served_by_upstream": load.read_served() - served_before,
+        "sent": through_gateway,
+        "recorded": recorded,
+        "sent_minus_recorded": through_gateway - recorded,
+        "holds_left": sum(client.hlen(f"holds:{get_partition_tag(partition)}") for partition in range(PARTITIONS)),
+        "gateway_rss_mb": [read_rss_mb(pid) for pid in gateway.pids],
+    }
+
+
+class Load:
+    """Sends calls with wrk and measures."""
+
+    def __init__(self, folder: Path, api_key: str, upstream_port: int, seconds: int) -> None:
+        self._folder = folder
+        self._api_key = api_key
+        self._upstream_port = upstream_port
+        self._seconds = seconds
+
+    def read_served(self) -> int:
+        """Return how many calls the upstream has served."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._upstream_port}/stats") as answer:
+            return int(answer.read())
+
+    def measure(
+        self,
+        proxy: Proxy,
+        name: str,
+        *,
+        connections: int,
+        streamed: bool = False,
+        pause_ms: int = 0,
+        seconds: int | None = None,
+    ) -> Measurement:
+        """Send one load through `proxy`."""
+        seconds = seconds or self._seconds
+        message = {"role": "user", "content": "Tell me about the river, the old mill and the sea."}
+        body = json.dumps({"model": MODEL, "messages": [message], "max_tokens": 64, "stream": streamed})
+        script = self._folder / "load.lua"
+        script.write_text(WRK_SCRIPT.format(api_key=self._api_key, body=body, pause_ms=pause_ms))
+        url = f"http://127.0.0.1:{proxy.port}/v1/chat/completions"
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url]
+        served, cpu_us = self.read_served(), read_cpu_us(proxy.pids)
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        time.sleep(0.2)
+        served, cpu_us = self.read_served() - served, read_cpu_us(proxy.pids) - cpu_us
+        rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+        refused = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
+        return Measurement(
+            proxy=proxy.name,
+            load=name,
+            calls=served,
+            calls_per_s=round(float(rate.group(1))) if rate else 0,
+            cpu_us_per_call=round(cpu_us / max(1, served), 1),
+            p50_ms=read_latency_ms(output, "50%"),
+            p99_ms=read_latency_ms(output, "99%"),
+            errors=int(refused.group(1)) if refused else 0,
+        )
+
+
+def render(facts: dict) -> str:
+    """Return the table for a terminal."""
+    rows = {(row["load"], row["proxy"]): row for row in facts["measurements"]}
+    lines = [
+        f"{'load':10} {'proxy':8} {'calls':>8} {'calls/s':>8} {'CPU µs/call':>12} {'p50 ms':>8} {'p99 ms':>8} errors"
+    ]
+    for (load, proxy), row in rows.items():
+        lines.append(
+            f"{load:10} {proxy:8} {row['calls']:8} {row['calls_per_s']:8} {row['cpu_us_per_call']:12} "
+            f"{row['p50_ms']:8} {row['p99_ms']:8} {row['errors']}"
+        )
+    plain, stream = rows["plain", "gateway"], rows["stream", "gateway"]
+    nginx_plain, nginx_stream = rows["plain", "nginx"], rows["stream", "nginx"]
+    half = rows["half load", "gateway"]
+    base = rows["half load", "direct"]
+    lines += [
+        "",
+        f"plain call      {plain['cpu_us_per_call']} µs = {_divide(plain, nginx_plain)} x nginx",
+        f"stream          {stream['cpu_us_per_call']} µs = {_divide(stream, nginx_stream)} x nginx; "
+        f"per chunk {stream['cpu_us_per_call'] / CHUNKS:.1f} µs against {nginx_stream['cpu_us_per_call'] / CHUNKS:.1f} µs",
+        f"added latency   p50 {half['p50_ms'] - base['p50_ms']:.2f} ms, p99 {half['p99_ms'] - base['p99_ms']:.2f} ms",
+        f"sent - recorded {facts['sent_minus_recorded']} (of {facts['sent']}), holds left {facts['holds_left']}",
+        f"memory          {facts['gateway_rss_mb']} MB; {facts['workers']} worker(s), appendfsync {facts['appendfsync']}",
+    ]
+    return "\n".join(lines)
+
+
+def _divide(row: dict, base: dict) -> str:
+    return f"{row['cpu_us_per_call'] / max(0.1, base['cpu_us_per_call']):.1f}"
+
+
+def publish_catalog(client: redis.Redis, upstream_port: int) -> str:
+    """Publish one tenant with wide limits and one model; return the API key."""
+    public_id, api_key = build_api_key(bytes(range(30)))
+    tenant = TenantRecord(tenant_id=1, slug="bench", currency="USD", timezone="UTC", price_book_id=1, limits=LIMITS)
+    key = ApiKeyRecord(
+        api_key_id=1, tenant_id=1, public_id=public_id, key_hash=compute_key_hash(api_key, PEPPER.encode())
+    )
+    model = ServedModelRecord(
+        served_model_id=1,
+        name=MODEL,
+        owned_by="meta",
+        chat_template="llama3",
+        context_tokens_max=8192,
+        output_tokens_max=2048,
+        created_at_s=0,
+    )
+    upstream = UpstreamRecord(
+        upstream_id=1,
+        served_model_id=1,
+        provider_id=1,
+        provider_slug="bench",
+        kind="vllm",
+        base_url=f"http://127.0.0.1:{upstream_port}/v1",
+        provider_model=MODEL,
+        has_continuous_usage=True,
+    )
+    price = PriceRecord(
+        price_book_id=1,
+        served_model_id=1,
+        input_nano_per_mtok=300_000_000,
+        cached_input_nano_per_mtok=300_000_000,
+        cache_write_nano_per_mtok=300_000_000,
+        output_nano_per_mtok=600_000_000,
+        reasoning_nano_per_mtok=600_000_000,
+    )
+    snapshot = CatalogSnapshot(
+        version=1,
+        published_at_ms=0,
+        partition_count=PARTITIONS,
+        tenants=(tenant,),
+        api_keys=(key,),
+        served_models=(model,),
+        upstreams=(upstream,),
+        prices=(price,),
+    )
+    client.set(SNAPSHOT_KEY, to_wire(snapshot))
+    client.set(SNAPSHOT_VERSION_KEY, snapshot.version)
+    return api_key
+
+
+@contextmanager
+def start(arguments: list[str], folder: Path, *, port: int, environ: dict[str, str] | None = None) -> Iterator[int]:
+    """Run a server until the end of the block; yields its process id once it listens."""
+    log_path = folder / f"{Path(arguments[0]).name}-{port}.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(arguments, env={**os.environ, **(environ or {})}, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: process.poll() is not None or is_listening(port))
+        if process.poll() is not None:
+            sys.exit(f"{arguments[0]} did not start:\n{log_path.read_text()}")
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until(is_true: object, *, timeout_s: float = 20.0) -> None:
+    """Wait for a condition; exits with a message when it does not come."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            sys.exit("a server of the benchmark did not become ready")
+        time.sleep(0.02)
+
+
+def is_listening(port: int) -> bool:
+    """Whether something answers HTTP on a loopback port."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def list_children(pid: int) -> list[int]:
+    """Return the ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def read_cpu_us(pids: tuple[int, ...]) -> float:
+    """Return user and system time of processes in µs."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks * 1_000_000 / TICKS_PER_S
+
+
+def read_rss_mb(pid: int) -> int:
+    """Return the resident memory of a process in MB."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) // 1024
+
+
+def read_latency_ms(output: str, percentile: str) -> float:
+    """Return a percentile of wrk's latency distribution in ms."""
+    match = re.search(rf"{re.escape(percentile)}\s+([\d.]+)(us|ms|s)\b", output)
+    if match is None:
+        return 0.0
+    return round(float(match.group(1)) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[match.group(2)], 3)
+
+
+if __name__ == "__main__":
+    main()
