@@ -7,11 +7,15 @@ owner meta               5 % of net (charge less provider cost), 2 % where a mod
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
+
+import time_machine
 
 from billing.models import (
     Agreement,
@@ -203,3 +207,10 @@ def forget_caches() -> None:
     """Let metering forget what an earlier test's database knew."""
     clear_catalog_cache()
     clear_known_days()
+
+
+@contextlib.contextmanager
+def at_instant(instant: str) -> Iterator[None]:
+    """Let the process believe that it is `instant`."""
+    with time_machine.travel(instant, tick=True):
+        yield
