@@ -9,6 +9,7 @@ from celery import shared_task
 from billing.core.errors import WrongStateError
 from billing.core.periods import Month
 from billing.services.accruals import accrue_all
+from billing.services.catalog import republish_catalog
 from billing.services.invoice_drafts import draft_invoices
 from billing.services.statements import build_statements
 
@@ -29,3 +30,9 @@ def accrue_all_task() -> None:
         build_statements(previous)
     except WrongStateError:
         return  # it is cut off already
+
+
+@shared_task
+def republish_catalog_task() -> None:
+    """Publish what has changed by date, and deliver the catalog again to a server that has lost it."""
+    republish_catalog()

@@ -153,7 +153,7 @@ def build_catalog(snapshot: CatalogSnapshot, *, sandbox_url: str = "") -> Catalo
     for upstream in snapshot.upstreams:
         if upstream.is_active:
             if upstream.kind == SANDBOX_KIND and not upstream.base_url:
-                upstream = msgspec.structs.replace(upstream, base_url=sandbox_url)
+                upstream = msgspec.structs.replace(upstream, base_url=f"{sandbox_url}/v1")
             upstreams.setdefault(upstream.served_model_id, []).append(upstream)
     return Catalog(
         version=snapshot.version,
