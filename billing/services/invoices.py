@@ -50,6 +50,8 @@ def finalize_invoices(
     names the series. Raises WrongStateError where one is no draft or its month is not cut off yet, NotFoundError for
     an unknown id, ClosedPeriodError for a day in a closed month.
     """
+    if not invoice_ids:
+        return
     with transaction.atomic():
         invoices = {
             invoice.pk: invoice
