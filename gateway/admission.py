@@ -40,6 +40,10 @@ _LIMIT_TEXTS = {
     b"budget": "monthly budget",
 }
 Headers = tuple[tuple[bytes, bytes], ...]
+_REQUESTS_HEADERS, _TOKENS_HEADERS = (
+    (b"x-ratelimit-limit-" + kind, b"x-ratelimit-remaining-" + kind, (b"x-ratelimit-reset-" + kind, b"1m0s"))
+    for kind in (b"requests", b"tokens")
+)
 
 
 class Admission:
@@ -175,23 +179,26 @@ def estimate_call(call: Call) -> None:
 
 def build_rate_limit_headers(caller: Caller, used: list[int]) -> Headers:
     """Return `x-ratelimit-*` of the tighter of the two scopes; `used` is requests and tokens of each."""
-    headers: list[tuple[bytes, bytes]] = []
     tenant, key = caller.tenant.limits, caller.api_key.limits
-    for name, maxima, counts in (
-        (b"requests", (tenant.requests_per_minute, key.requests_per_minute), (used[0], used[2])),
-        (b"tokens", (tenant.tokens_per_minute, key.tokens_per_minute), (used[1], used[3])),
-    ):
-        scopes = [
-            (max(0, maximum - count), maximum)
-            for maximum, count in zip(maxima, counts, strict=True)
-            if maximum is not None
-        ]
-        if scopes:
-            remaining, limit = min(scopes)
-            headers.append((b"x-ratelimit-limit-" + name, b"%d" % limit))
-            headers.append((b"x-ratelimit-remaining-" + name, b"%d" % remaining))
-            headers.append((b"x-ratelimit-reset-" + name, b"1m0s"))
-    return tuple(headers)
+    return (
+        *_build_headers(_REQUESTS_HEADERS, tenant.requests_per_minute, used[0], key.requests_per_minute, used[2]),
+        *_build_headers(_TOKENS_HEADERS, tenant.tokens_per_minute, used[1], key.tokens_per_minute, used[3]),
+    )
+
+
+def _build_headers(
+    names: tuple[bytes, bytes, tuple[bytes, bytes]],
+    tenant_max: int | None,
+    tenant_used: int,
+    key_max: int | None,
+    key_used: int,
+) -> Headers:
+    if tenant_max is None and key_max is None:
+        return ()
+    limit, remaining = tenant_max or 0, (tenant_max or 0) - tenant_used
+    if key_max is not None and (tenant_max is None or key_max - key_used < remaining):
+        limit, remaining = key_max, key_max - key_used
+    return (names[0], b"%d" % limit), (names[1], b"%d" % max(0, remaining)), names[2]
 
 
 def _build_limit_error(reply: list[Any]) -> GatewayError:

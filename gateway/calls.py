@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -18,6 +18,7 @@ TOKENS_PER_PRICE_UNIT = 1_000_000
 ATTEMPT_COMPLETED = "completed"
 # Bounds of what strangers can put into an event.
 TEXT_LENGTH_MAX = 256
+US_PER_HOUR = 3_600_000_000
 
 
 class HoldRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -49,8 +50,7 @@ class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     reasoning_tokens: int
 
 
-@dataclass(slots=True, kw_only=True)
-class Call:
+class Call(msgspec.Struct, kw_only=True):
     """One call from admission to settle. Times: `started_at` is monotonic seconds."""
 
     call_id: str
@@ -69,12 +69,11 @@ class Call:
     is_settled: bool = False
     upstream: UpstreamRecord | None = None
     meter: StreamMeter | None = None
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = []
     first_byte_us: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What the end of a call says: how it ended, and the counts to record."""
 
     outcome: Outcome
@@ -127,8 +126,13 @@ def format_nano(nano: int, currency: str) -> str:
 
 def get_month(occurred_at_us: int) -> str:
     """Return the UTC month of an instant, `YYYYMM`: the month whose budget it belongs to."""
-    moment = time.gmtime(occurred_at_us // 1_000_000)
-    return f"{moment.tm_year:04d}{moment.tm_mon:02d}"
+    return _format_month(occurred_at_us // US_PER_HOUR)
+
+
+@functools.lru_cache(maxsize=64)
+def _format_month(hour: int) -> str:
+    """Return the month of an hour since 1970: months begin on a full hour of UTC."""
+    return time.strftime("%Y%m", time.gmtime(hour * 3_600))
 
 
 def build_hold(call: Call, upstream: UpstreamRecord, producer: str) -> bytes:
@@ -190,8 +194,8 @@ def build_settlement(call: Call, verdict: Verdict, *, total_us: int) -> Settleme
                 provider_id=upstream.provider_id,
                 upstream_id=upstream.upstream_id,
                 occurred_at_us=call.occurred_at_us,
-                outcome=verdict.outcome.value,
-                usage_source=verdict.source.value,
+                outcome=verdict.outcome,
+                usage_source=verdict.source,
                 input_tokens=usage.input_tokens,
                 cached_input_tokens=usage.cached_input_tokens,
                 cache_write_tokens=usage.cache_write_tokens,

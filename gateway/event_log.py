@@ -14,9 +14,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
 from gateway.redis_connection import Argument, RedisConnection, Script
@@ -38,10 +39,11 @@ SPOOL_BYTES_PER_CALL = 8_192
 CLOSE_WAIT_S = 5.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settlement:
-    """What is recorded of a call. `build_event` makes the event's bytes of producer, seq and whether the recording
-    itself failed (then the call is not billed). `rate_second` and `tokens_difference` correct the token window."""
+class Settlement(msgspec.Struct, frozen=True, kw_only=True):
+    """What is recorded of a call. `build_event` makes the event's bytes of producer and seq.
+
+    `rate_second` and `tokens_difference` correct the token windows. A Struct, as one is made for each call.
+    """
 
     keys: PartitionKeys
     call_id: str
@@ -60,16 +62,17 @@ class Settlement:
 
 
 class _Pending:
-    """A settle with its seq, not yet durable."""
+    """A settle with its seq, not yet durable. `is_refused`: the spool had no room for it; it waits for Redis."""
 
-    __slots__ = ("event", "future", "queued_at", "seq", "settlement")
+    __slots__ = ("event", "future", "is_refused", "queued_at", "seq", "settlement")
 
-    def __init__(self, settlement: Settlement, seq: int, event: bytes, *, queued_at: float) -> None:
+    def __init__(self, settlement: Settlement, seq: int, event: bytes, *, future: asyncio.Future[str]) -> None:
         self.settlement = settlement
         self.seq = seq
         self.event = event
-        self.queued_at = queued_at
-        self.future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.future = future
+        self.queued_at = time.monotonic()
+        self.is_refused = False
 
 
 class EventLog:
@@ -106,27 +109,24 @@ class EventLog:
         """Events that are not durable yet."""
         return len(self._queue)
 
-    async def settle(self, settlement: Settlement) -> str:
-        """Return how it became durable (`event`, `superseded`, `applied`, `spooled`); raises SpoolFullError.
+    def settle(self, settlement: Settlement) -> asyncio.Future[str]:
+        """Return a future of how it became durable (`event`, `superseded`, `applied`, `spooled`), or SpoolFullError.
 
-        After SpoolFullError the event stays queued for Redis while this process lives, unless the process dies:
-        then the sweeper finds the hold.
+        The settle goes on when the future is cancelled. After SpoolFullError the event stays queued for Redis while
+        this process lives; if the process dies, the sweeper finds the hold.
         """
         partition = settlement.keys.partition
         seq = self._next_seq.get(partition, 1)
         self._next_seq[partition] = seq + 1
-        event = settlement.build_event(self.producer, seq)
-        started_at = time.monotonic()
-        pending = _Pending(settlement, seq, event, queued_at=self._loop.time())
+        pending = _Pending(
+            settlement, seq, settlement.build_event(self.producer, seq), future=self._loop.create_future()
+        )
         self._queue.append(pending)
         if self._can_send() and self._sent == len(self._queue) - 1:
             self._send(pending)
         elif self._is_spool_due():
             self._start_spooling()
-        way = await pending.future
-        self._telemetry.settles.add(1, (way,))
-        self._telemetry.settle_seconds.observe(time.monotonic() - started_at)
-        return way
+        return pending.future
 
     async def spool_intent(self, intent: SpooledIntent) -> None:
         """Make the intent of a call durable while Redis is away; raises SpoolFullError."""
@@ -203,8 +203,13 @@ class EventLog:
         self._queue.popleft()
         self._sent -= 1
         self._acknowledged[pending.settlement.keys.partition] = pending.seq
+        self._note_durable(pending, reply.decode())
+
+    def _note_durable(self, pending: _Pending, way: str) -> None:
+        self._telemetry.settles.add(1, (way,))
+        self._telemetry.settle_seconds.observe(time.monotonic() - pending.queued_at)
         if not pending.future.done():
-            pending.future.set_result(reply.decode())
+            pending.future.set_result(way)
 
     def _hold_back(self, error: Exception) -> None:
         """After an error nothing behind it may pass: recall all and send again, in order, a little later."""
@@ -236,9 +241,9 @@ class EventLog:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            if not self._queue or self._queue[-1].future.done():
+            if not self._queue or self._queue[-1].is_refused:
                 continue
-            if self._loop.time() - self._queue[0].queued_at > self._settle_wait_s:
+            if time.monotonic() - self._queue[0].queued_at > self._settle_wait_s:
                 self._start_spooling()
 
     def _is_spool_due(self) -> bool:
@@ -252,7 +257,7 @@ class EventLog:
     async def _spool_everything(self) -> None:
         """Move all intents and all queued settles to the spool, as one fsynced write after the other."""
         try:
-            while self._intents or (self._queue and not self._queue[-1].future.done()):
+            while self._intents or (self._queue and not self._queue[-1].is_refused):
                 intents, self._intents = self._intents, []
                 batch = list(self._queue)
                 records: list[SpoolRecord] = [intent for intent, _future in intents]
@@ -262,6 +267,8 @@ class EventLog:
                         await self._loop.run_in_executor(self._disk, self.spool.append, records)
                 except SpoolFullError as error:
                     log.error("%s", error)
+                    for pending in batch:
+                        pending.is_refused = True
                     for future in [future for _intent, future in intents] + [pending.future for pending in batch]:
                         if not future.done():
                             future.set_exception(error)
@@ -273,8 +280,7 @@ class EventLog:
                         intent_future.set_result(None)
                 for pending in batch:
                     self._queue.popleft()
-                    if not pending.future.done():
-                        pending.future.set_result("spooled")
+                    self._note_durable(pending, "spooled")
         finally:
             self._spool_task = None
             self._restart()

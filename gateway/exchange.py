@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.contract.usage_event import build_call_id
 from gateway.errors import GatewayError, build_error_body
@@ -21,6 +21,14 @@ from gateway.errors import GatewayError, build_error_body
 # A client that reads nothing for so long is cut off.
 CLIENT_STALL_S = 120.0
 CONNECTION_EXTENSION = "tollbook.connection"
+CYCLE_EXTENSION = "tollbook.cycle"
+# Randomness of a call id, in bytes, and how many ids' worth is drawn at a time.
+RANDOMNESS_BYTES = 10
+IDS_PER_DRAW = 256
+STREAM_HEADERS = (
+    b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
+    b"transfer-encoding: chunked\r\n"
+)
 Headers = Sequence[tuple[bytes, bytes]]
 
 
@@ -30,9 +38,23 @@ class ClientGoneError(Exception):
     code = "client_gone"
 
 
-def make_call_id(occurred_at_us: int) -> str:
-    """Return a new call id for an instant."""
-    return build_call_id(occurred_at_us, secrets.token_bytes(10))
+class _CallIds:
+    """Makes call ids; draws the system's randomness for many of them at once."""
+
+    def __init__(self) -> None:
+        self._pool = b""
+        self._position = 0
+
+    def make(self, occurred_at_us: int) -> str:
+        """Return a new call id for an instant."""
+        if self._position >= len(self._pool):
+            self._pool = secrets.token_bytes(RANDOMNESS_BYTES * IDS_PER_DRAW)
+            self._position = 0
+        start, self._position = self._position, self._position + RANDOMNESS_BYTES
+        return build_call_id(occurred_at_us, self._pool[start : self._position])
+
+
+make_call_id = _CallIds().make
 
 
 class Exchange:
@@ -40,6 +62,7 @@ class Exchange:
 
     __slots__ = (
         "_connection",
+        "_cycle",
         "_headers",
         "_receive",
         "_send",
@@ -60,6 +83,7 @@ class Exchange:
         self.has_started = False
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self._connection: GatewayHttpProtocol = scope["extensions"][CONNECTION_EXTENSION]
+        self._cycle: RequestResponseCycle = scope["extensions"][CYCLE_EXTENSION]
         self._receive = receive
         self._send = send
 
@@ -107,19 +131,19 @@ class Exchange:
         return body
 
     async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """Answer with a whole body."""
+        """Answer with a whole body, in one write."""
         self.has_started = True
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [
-                    *headers,
-                    (b"x-request-id", self.call_id.encode()),
-                    (b"content-length", b"%d" % len(body)),
-                ],
-            }
-        )
+        if self.method not in ("GET", "POST"):
+            await self._send_by_asgi(status, headers, body)
+            return
+        if self._is_writable():
+            head = self._build_head(STATUS_LINE[status], headers, b"content-length: %d\r\n" % len(body))
+            self._end(head + body)
+
+    async def _send_by_asgi(self, status: int, headers: Headers, body: bytes) -> None:
+        """Answer a method such as HEAD, whose rules uvicorn knows."""
+        headers = [*headers, (b"x-request-id", self.call_id.encode()), (b"content-length", b"%d" % len(body))]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
     async def send_error(self, error: GatewayError) -> None:
@@ -133,19 +157,9 @@ class Exchange:
     async def start_stream(self, headers: Headers) -> None:
         """Send status 200 and the headers of a stream."""
         self.has_started = True
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [
-                    (b"content-type", b"text/event-stream"),
-                    (b"cache-control", b"no-cache"),
-                    (b"x-accel-buffering", b"no"),
-                    (b"x-request-id", self.call_id.encode()),
-                    *headers,
-                ],
-            }
-        )
+        if self._is_writable():
+            head = self._build_head(STATUS_LINE[200], headers, STREAM_HEADERS)
+            self._connection.transport.write(head)
 
     async def send_chunk(self, data: bytes) -> None:
         """Send a piece of a stream at once; waits while the client reads too slowly, and cuts off one that stopped."""
@@ -156,12 +170,42 @@ class Exchange:
                     await connection.flow.drain()
             except TimeoutError:
                 connection.transport.abort()
-                return
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if not connection.is_gone:
+            connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def finish_stream(self, data: bytes) -> None:
         """Send the last piece and end the answer."""
-        await self._send({"type": "http.response.body", "body": data})
+        if self._is_writable():
+            self._end(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+
+    def _is_writable(self) -> bool:
+        self._cycle.response_started = True
+        return not self._connection.is_gone
+
+    def _build_head(self, status_line: bytes, headers: Headers, framing: bytes) -> bytes:
+        cycle = self._cycle
+        lines = [status_line]
+        lines += [b"%b: %b\r\n" % header for header in cycle.default_headers]
+        lines += [b"%b: %b\r\n" % header for header in headers]
+        lines.append(b"x-request-id: %b\r\n" % self.call_id.encode())
+        lines.append(framing)
+        if any(name == b"connection" for name, _value in headers):
+            cycle.keep_alive = False
+        elif not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"\r\n")
+        return b"".join(lines)
+
+    def _end(self, data: bytes) -> None:
+        """Write the end of the answer and do what uvicorn's own `send` does after it."""
+        cycle = self._cycle
+        transport = self._connection.transport
+        transport.write(data)
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            transport.close()
+        cycle.on_response()
 
     def cut(self) -> None:
         """Drop the connection: the answer has begun and cannot be ended well."""
@@ -206,12 +250,20 @@ class GatewayHttpProtocol(HttpToolsProtocol):
         self.scope["extensions"] = {CONNECTION_EXTENSION: self}  # type: ignore[dict-item]
 
     def on_url(self, url: bytes) -> None:
-        super().on_url(url)
+        self.url += url
         self._count_header_bytes(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
+        # As uvicorn's, in one call: this runs for each header of each request.
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
         self._count_header_bytes(len(name) + len(value))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        cycle.scope["extensions"][CYCLE_EXTENSION] = cycle  # type: ignore[assignment]
+        super()._start_asgi_task(cycle, app)
 
     def on_message_complete(self) -> None:
         self.receiving_since = None

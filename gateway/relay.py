@@ -317,11 +317,11 @@ class Relay:
         settlement = build_settlement(call, verdict, total_us=self._measure_us())
         model = call.model.name
         try:
-            await asyncio.shield(asyncio.ensure_future(parts.event_log.settle(settlement)))
+            await parts.event_log.settle(settlement)
         except SpoolFullError:
             parts.telemetry.unrecorded.add()
             raise
-        parts.telemetry.calls_recorded.add(1, (model, verdict.outcome.value, verdict.source.value))
+        parts.telemetry.calls_recorded.add(1, (model, verdict.outcome, verdict.source))
         parts.telemetry.tokens.add(verdict.usage.input_tokens, (model, "input"))
         parts.telemetry.tokens.add(verdict.usage.output_tokens, (model, "output"))
         return format_nano(settlement.cost_nano, call.caller.tenant.currency).encode()
