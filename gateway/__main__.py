@@ -25,6 +25,8 @@ and the usual ones TOLLBOOK_DATA_DIR, TOLLBOOK_GATEWAY_HOST, TOLLBOOK_GATEWAY_PO
 deploy/README.md explains all of them. It refuses to start where it could not record usage.
 """
 EXIT_BAD_SETTINGS = 2
+# uvicorn's status when the application's startup failed.
+EXIT_CANNOT_START = 3
 RESTART_DELAY_S = 0.2
 RESTART_DELAY_MAX_S = 5.0
 HEALTHY_AFTER_S = 5.0
@@ -89,7 +91,8 @@ class Supervisor:
             time.sleep(0.05)
             for worker, process in list(self._workers.items()):
                 status = process.poll()
-                if status == EXIT_BAD_SETTINGS:
+                if status in (EXIT_BAD_SETTINGS, EXIT_CANNOT_START) and worker not in self._delay_s:
+                    # It has never run: the setting is wrong, or what it needs is not there. The worker said what.
                     self._is_stopping = True
                 elif status is not None:
                     self._restart(worker, port, status)
@@ -107,9 +110,9 @@ class Supervisor:
 
     def _restart(self, worker: int, port: int, status: int) -> None:
         """Start a dead worker again: at once when it had run well, with growing delays when it had not."""
-        if time.monotonic() - self._started_at[worker] > HEALTHY_AFTER_S:
-            self._delay_s[worker] = 0.0
         delay_s = self._delay_s.get(worker, 0.0)
+        if time.monotonic() - self._started_at[worker] > HEALTHY_AFTER_S:
+            delay_s = 0.0
         if time.monotonic() - self._started_at[worker] < delay_s:
             return
         logging.getLogger("gateway").error("gateway worker %d ended with %d; starting it again", worker, status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -146,7 +147,8 @@ class GatewayApp:
         try:
             await self.startup()
         except CannotStartError as error:
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            sys.stderr.write(f"The gateway cannot start:\n{error}\n")
+            await send({"type": "lifespan.startup.failed", "message": ""})
             return
         await send({"type": "lifespan.startup.complete"})
         await receive()

@@ -103,7 +103,7 @@ class Relay:
         parts.in_flight[call.call_id] = call
         try:
             started_at = time.monotonic()
-            self._rate_headers = await parts.admission.admit(call, candidates[0], in_flight=len(parts.in_flight))
+            self._rate_headers = await parts.admission.admit(call, candidates[0], in_flight=len(parts.in_flight) - 1)
             parts.telemetry.admit_seconds.observe(time.monotonic() - started_at)
             self._exchange.set_gone_callback(self._on_client_gone)
             if self._exchange.is_gone:

@@ -35,6 +35,7 @@ from tests.fakes.load_client import Answer, send_call
 
 LEASE_S = 2
 TENANTS = 6
+UPSTREAM_TIMEOUT_MS = 3_000
 
 
 class CrashStack:
@@ -49,17 +50,16 @@ class CrashStack:
         )
         self.catalog = Catalog()
 
-    def start(self) -> None:
+    def start(self, *, workers: int = 2, **environ: str) -> None:
         self.server.start()
         self.upstream.start(path="/")
         self.api_keys = [self.catalog.add_tenant(number) for number in range(1, TENANTS + 1)]
         self.catalog.add_model()
-        self.catalog.add_upstream(1, self.upstream.url + "/v1", kind="vllm")
+        self.catalog.add_upstream(1, self.upstream.url + "/v1", kind="vllm", timeout_ms=UPSTREAM_TIMEOUT_MS)
         self.client = redis.Redis.from_url(self.server.url())
         self.catalog.publish(self.client)
-        self.gateway = build_gateway(
-            self.folder, self.server.url(), workers=2, GATEWAY_LEASE_S=str(LEASE_S), GATEWAY_SETTLE_WAIT_MS="300"
-        )
+        environ = {"GATEWAY_LEASE_S": str(LEASE_S), "GATEWAY_SETTLE_WAIT_MS": "300", **environ}
+        self.gateway = build_gateway(self.folder, self.server.url(), workers=workers, **environ)
         self.gateway.start(path="/readyz")
 
     def stop(self) -> None:
@@ -118,6 +118,8 @@ async def run_load(
         }
         if random.random() < 0.02:
             body["fault"] = "http_500"
+        elif random.random() < 0.005:
+            body["fault"] = "hang"
         abort = random.randrange(200, 150 * chunks) if body["stream"] and random.random() < 0.04 else None
         return await send_call(
             stack.gateway.port, random.choice(stack.api_keys), body, abort_after_bytes=abort, timeout_s=60
@@ -184,3 +186,12 @@ def test_kills_of_workers_and_redis_lose_and_double_nothing(crash_stack: CrashSt
     crash_stack.wait_until_quiet()
     outcomes = check_books(crash_stack, answers)
     assert outcomes["completed"] > 400
+
+
+@pytest.mark.serial
+@pytest.mark.timeout(400)
+def test_5000_calls_under_30_kills_lose_and_double_nothing(crash_stack: CrashStack) -> None:
+    answers = run_with_kills(crash_stack, calls=5_000, concurrency=60, chunks=50, rounds=33)
+    crash_stack.wait_until_quiet()
+    outcomes = check_books(crash_stack, answers)
+    assert outcomes["completed"] > 4_500

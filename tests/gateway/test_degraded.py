@@ -1,0 +1,267 @@
+"""What happens when something is down, with the thing really stopped: Redis, the gateway, the disk, the upstream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.contract.catalog_snapshot import Limits
+from tests.fakes.gateway_stack import (
+    MODEL,
+    NO_HOLDS,
+    build_gateway,
+    find_sequence_gaps,
+    read_events,
+    read_holds,
+    read_superseded,
+)
+from tests.fakes.load_client import Answer, send_call
+from tests.gateway.test_crashes import CrashStack
+
+BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture
+def down_stack(server_folder: Path) -> Iterator[CrashStack]:
+    """One gateway process whose Redis may be stopped."""
+    stack = CrashStack(server_folder)
+    stack.start(workers=1)
+    yield stack
+    stack.stop()
+
+
+def send(stack: CrashStack, count: int = 1, *, tenant: int = 1, **body: object) -> list[Answer]:
+    async def run() -> list[Answer]:
+        key = stack.api_keys[tenant - 1]
+        return await asyncio.gather(*(send_call(stack.gateway.port, key, BODY | body) for _ in range(count)))
+
+    return asyncio.run(run())
+
+
+def wait_for(stack: CrashStack, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while len(read_events(stack.client)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def check_books(stack: CrashStack, count: int) -> None:
+    """Check that all calls that the upstream served are recorded once, without a gap, and nothing is held."""
+    events = read_events(stack.client)
+    assert {event.call_id for event in events} == set(stack.read_served())
+    assert len(events) == count
+    assert find_sequence_gaps(events, read_superseded(stack.client)) == {}
+    assert read_holds(stack.client) == NO_HOLDS
+
+
+def list_spools(stack: CrashStack) -> list[Path]:
+    return [path for path in (stack.folder / "gateway" / "spool").iterdir() if path.suffix == ".spool"]
+
+
+def test_without_redis_a_postpaid_tenant_is_served_and_recorded_later(down_stack: CrashStack) -> None:
+    stack = down_stack
+    assert [answer.status for answer in send(stack, 5)] == [200] * 5
+    stack.server.kill()
+    answers = send(stack, 20) + send(stack, 20, stream=True)
+    assert [answer.status for answer in answers] == [200] * 40
+    assert all(answer.is_complete for answer in answers)
+    assert b"[DONE]" in answers[-1].body
+    # Durable on the local disk before the last byte; recorded when Redis is back, before anything newer.
+    assert sum(path.stat().st_size for path in list_spools(stack)) > 40 * 200
+    assert json.loads(stack.gateway.fetch("/readyz")[1])["checks"] == {"catalog": True, "redis": False, "spool": True}
+    stack.server.start()
+    wait_for(stack, 45)
+    send(stack, 5)
+    stack.wait_until_quiet()
+    check_books(stack, 50)
+    assert sum(path.stat().st_size for path in list_spools(stack)) == 0
+
+
+def test_without_redis_prepaid_and_budgeted_tenants_get_503(down_stack: CrashStack) -> None:
+    stack = down_stack
+    stack.api_keys.append(stack.catalog.add_tenant(7, is_prepaid=True))
+    stack.api_keys.append(stack.catalog.add_tenant(8, limits=Limits(monthly_budget_nano=10**12)))
+    stack.catalog.publish(stack.client)
+    time.sleep(0.2)
+    assert [send(stack, tenant=tenant)[0].status for tenant in (7, 8)] == [200, 200]
+    stack.server.kill()
+    for tenant in (7, 8):
+        (answer,) = send(stack, tenant=tenant)
+        assert answer.status == 503
+        assert answer.headers["retry-after"] == "1"
+        assert json.loads(answer.body)["error"]["code"] == "metering_unavailable"
+    stack.server.start()
+    stack.wait_until_quiet()
+    check_books(stack, 2)
+
+
+def test_calls_that_run_while_redis_restarts_are_recorded_once(down_stack: CrashStack) -> None:
+    stack = down_stack
+
+    async def run() -> list[Answer]:
+        calls = [
+            asyncio.ensure_future(
+                send_call(
+                    stack.gateway.port,
+                    stack.api_keys[number % 6],
+                    BODY | {"stream": True, "chunks": 40, "chunk_delay_ms": 50},
+                )
+            )
+            for number in range(30)
+        ]
+        await asyncio.sleep(0.5)
+        stack.server.kill()
+        # Longer than the lease: nothing that lives may be swept when Redis is back.
+        await asyncio.sleep(2.5)
+        stack.server.start()
+        return await asyncio.gather(*calls)
+
+    answers = asyncio.run(run())
+    assert all(answer.is_complete and b"[DONE]" in answer.body for answer in answers)
+    stack.wait_until_quiet()
+    check_books(stack, 30)
+    assert {event.outcome for event in read_events(stack.client)} == {"completed"}
+
+
+def test_the_spool_of_a_killed_gateway_is_adopted_with_its_own_sequence(down_stack: CrashStack) -> None:
+    stack = down_stack
+    send(stack, 3)
+    stack.server.kill()
+    assert [answer.status for answer in send(stack, 10)] == [200] * 10
+
+    # Two calls are running when the gateway dies: their intents are in the spool, their ends are not.
+    async def leave_running() -> None:
+        calls = [
+            asyncio.ensure_future(
+                send_call(
+                    stack.gateway.port, stack.api_keys[0], BODY | {"stream": True, "chunks": 100, "chunk_delay_ms": 50}
+                )
+            )
+            for _ in range(2)
+        ]
+        await asyncio.sleep(0.5)
+        stack.gateway.kill()
+        await asyncio.gather(*calls)
+
+    asyncio.run(leave_running())
+    (spool,) = list_spools(stack)
+    # The kill came in the middle of a write.
+    with spool.open("ab") as file:
+        file.write(b"\x00\x01\x00\x00torn")
+    stack.server.start()
+    stack.gateway.start(path="/readyz")
+    send(stack, 1)
+    wait_for(stack, 16)
+    stack.wait_until_quiet()
+    check_books(stack, 16)
+    outcomes = sorted(event.outcome for event in read_events(stack.client))
+    assert outcomes == ["abandoned"] * 2 + ["completed"] * 14
+    assert len({event.producer for event in read_events(stack.client) if event.outcome == "completed"}) == 2
+    assert spool not in list_spools(stack)
+
+
+def test_beyond_its_bound_the_spool_refuses_and_readiness_fails(server_folder: Path) -> None:
+    stack = CrashStack(server_folder)
+    stack.start(workers=1, GATEWAY_SPOOL_BYTES_MAX="30000")
+    try:
+        stack.server.kill()
+        statuses = [send(stack)[0].status for _ in range(60)]
+        served = statuses.count(200)
+        assert statuses == [200] * served + [503] * (60 - served)
+        assert 10 < served < 60
+        assert stack.gateway.fetch("/readyz")[0] == 503
+        stack.server.start()
+        wait_for(stack, served)
+        assert send(stack)[0].status == 200
+        assert stack.gateway.fetch("/readyz")[0] == 200
+        stack.wait_until_quiet()
+        check_books(stack, served + 1)
+    finally:
+        stack.stop()
+
+
+def test_a_hanging_redis_is_noticed_and_left_aside(server_folder: Path) -> None:
+    stack = CrashStack(server_folder)
+    stack.start(workers=1, GATEWAY_REDIS_TIMEOUT_MS="300")
+    try:
+        assert stack.server.pid is not None
+        os.kill(stack.server.pid, signal.SIGSTOP)
+        started_at = time.monotonic()
+        assert [answer.status for answer in send(stack, 5)] == [200] * 5
+        assert time.monotonic() - started_at < 3
+        os.kill(stack.server.pid, signal.SIGCONT)
+        wait_for(stack, 5)
+        stack.wait_until_quiet()
+        check_books(stack, 5)
+    finally:
+        stack.stop()
+
+
+def test_sigterm_lets_live_streams_end_and_records_them(down_stack: CrashStack) -> None:
+    stack = down_stack
+
+    async def run() -> Answer:
+        body = BODY | {"stream": True, "chunks": 20, "chunk_delay_ms": 50}
+        call = asyncio.ensure_future(send_call(stack.gateway.port, stack.api_keys[0], body))
+        await asyncio.sleep(0.3)
+        os.kill(stack.gateway.pid, signal.SIGTERM)
+        return await call
+
+    answer = asyncio.run(run())
+    assert answer.is_complete
+    assert b"[DONE]" in answer.body
+    stack.gateway.stop()
+    check_books(stack, 1)
+    assert list_spools(stack) == []
+
+
+def test_the_bound_of_the_drain_records_what_is_known(server_folder: Path) -> None:
+    stack = CrashStack(server_folder)
+    stack.start(workers=1, GATEWAY_DRAIN_S="1")
+    try:
+
+        async def run() -> Answer:
+            body = BODY | {"stream": True, "chunks": 200, "chunk_delay_ms": 50}
+            call = asyncio.ensure_future(send_call(stack.gateway.port, stack.api_keys[0], body))
+            await asyncio.sleep(0.5)
+            os.kill(stack.gateway.pid, signal.SIGTERM)
+            return await call
+
+        answer = asyncio.run(run())
+        assert not answer.is_complete
+        stack.gateway.stop()
+        (event,) = read_events(stack.client)
+        assert (event.outcome, event.usage_source, event.input_tokens) == ("abandoned", "provider_partial", 7)
+        assert 20 <= event.output_tokens <= 45
+        check_books(stack, 1)
+    finally:
+        stack.stop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"REDIS_URL": ""}, "TOLLBOOK_REDIS_URL must name"),
+        ({"REDIS_URL": "http://x"}, "TOLLBOOK_REDIS_URL must name"),
+        ({"API_KEY_PEPPER": "short"}, "TOLLBOOK_API_KEY_PEPPER must be"),
+        ({"DATA_DIR": "/proc/nowhere"}, "TOLLBOOK_DATA_DIR must be a folder"),
+        ({"GATEWAY_WORKERS": "none"}, "TOLLBOOK_GATEWAY_WORKERS must be a whole number"),
+    ],
+)
+def test_it_refuses_to_start_where_it_could_not_record(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    gateway = build_gateway(tmp_path, "redis://127.0.0.1:1/0", **changes)
+    with pytest.raises(AssertionError, match=message):
+        gateway.start()
+
+
+def test_it_refuses_to_start_without_a_reachable_redis(tmp_path: Path) -> None:
+    gateway = build_gateway(tmp_path, "redis://127.0.0.1:1/0", GATEWAY_REDIS_START_WAIT_S="0")
+    with pytest.raises(AssertionError, match="the Redis-protocol server cannot be reached"):
+        gateway.start()
