@@ -93,7 +93,7 @@ class JournalDraft:
         get_exponent(posting.currency)
         amount = require_finite(posting.amount)
         exponent = amount.as_tuple().exponent
-        if amount == 0 or abs(amount) >= AMOUNT_LIMIT:
+        if amount == 0 or amount.copy_abs() >= AMOUNT_LIMIT:
             raise InvalidJournalError(f"{where}: an amount is not 0 and below 10^28, not {amount:f}")
         if not isinstance(exponent, int) or exponent < -LEDGER_DECIMALS:
             raise InvalidJournalError(f"{where}: {amount:f} has more than {LEDGER_DECIMALS} decimals")

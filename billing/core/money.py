@@ -2,7 +2,7 @@
 
 Three precisions: prices and charges are exact Decimals, ledger amounts have 9 decimals, documents have minor units.
 `EXACT` is the context for everything between: it refuses to round and refuses floats, where Python's default context
-would silently keep 28 digits.
+silently keeps 28 digits, even in `-amount` and `abs(amount)` (write `amount.copy_negate()`, `amount.copy_abs()`).
 
 >>> EXACT.multiply(Decimal("0.590000000000000000"), Decimal(1234567))
 Decimal('728394.530000000000000000')

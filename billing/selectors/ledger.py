@@ -83,7 +83,7 @@ def get_trial_balance(*, through: date | None = None) -> list[TrialBalanceRow]:
     sums = rows.values_list(*fields).annotate(total=Sum("amount")).exclude(total=0).order_by(*fields)
     zero = Decimal("0.000000000")
     return [
-        TrialBalanceRow(book, account, name, currency, max(total, zero), max(-total, zero))
+        TrialBalanceRow(book, account, name, currency, max(total, zero), max(total.copy_negate(), zero))
         for book, account, name, currency, total in sums
     ]
 
@@ -101,6 +101,6 @@ def get_trial_balance_difference(*, through: date | None = None) -> dict[str, De
     by_book = rows.values_list("currency", "journal_entry__book_id").annotate(total=Sum("amount")).exclude(total=0)
     by_tenant = rows.values_list("currency", "tenant_id").annotate(total=Sum(joint)).exclude(total=0)
     for currency, _, total in (*by_book, *by_tenant):
-        if abs(total) > abs(differences.get(currency, Decimal(0))):
+        if total.copy_abs() > differences.get(currency, Decimal(0)).copy_abs():
             differences[currency] = total
     return differences

@@ -33,7 +33,7 @@ def build_usage_accrual(
     """
     legs = [
         PostingDraft("1110", currency, amount, tenant_id=tenant_id, served_model_id=served_model_id),
-        PostingDraft("4000", currency, -amount, tenant_id=tenant_id, served_model_id=served_model_id),
+        PostingDraft("4000", currency, amount.copy_negate(), tenant_id=tenant_id, served_model_id=served_model_id),
     ]
     return build_joint_entries(
         "usage_accrual", legs, dates=dates, description=description or "usage", tenant_id=tenant_id
@@ -59,7 +59,7 @@ def build_provider_cost_accrual(
     """
     legs = [
         PostingDraft("5000", currency, amount, tenant_id, party_id, served_model_id),
-        PostingDraft("2100", currency, -amount, tenant_id, party_id, served_model_id),
+        PostingDraft("2100", currency, amount.copy_negate(), tenant_id, party_id, served_model_id),
     ]
     return build_joint_entries("provider_cost_accrual", legs, dates=dates, description=description or "provider cost")
 
@@ -84,7 +84,7 @@ def build_royalty_accrual(
     """
     legs = [
         PostingDraft("5010", currency, amount, tenant_id, party_id, served_model_id, agreement_id),
-        PostingDraft("2110", currency, -amount, tenant_id, party_id, served_model_id, agreement_id),
+        PostingDraft("2110", currency, amount.copy_negate(), tenant_id, party_id, served_model_id, agreement_id),
     ]
     return build_joint_entries("royalty_accrual", legs, dates=dates, description=description or "royalty")
 
@@ -112,7 +112,7 @@ def build_promoted_usage_accrual(
     legs = [
         PostingDraft("1110", currency, EXACT.subtract(amount, promotion), tenant_id, None, served_model_id),
         PostingDraft("4090", currency, promotion, tenant_id, None, served_model_id),
-        PostingDraft("4000", currency, -amount, tenant_id, None, served_model_id),
+        PostingDraft("4000", currency, amount.copy_negate(), tenant_id, None, served_model_id),
     ]
     return build_joint_entries(
         "promoted_usage_accrual", legs, dates=dates, description=description or "promoted usage", tenant_id=tenant_id
@@ -139,7 +139,7 @@ def build_prepaid_usage_accrual(
     """
     legs = [
         PostingDraft("2200", currency, amount, tenant_id, None, served_model_id),
-        PostingDraft("4000", currency, -amount, tenant_id, None, served_model_id),
+        PostingDraft("4000", currency, amount.copy_negate(), tenant_id, None, served_model_id),
     ]
     return build_joint_entries(
         "prepaid_usage_accrual", legs, dates=dates, description=description or "prepaid usage", tenant_id=tenant_id
@@ -170,8 +170,8 @@ def build_agent_usage_accrual(
     owed = EXACT.subtract(amount, platform_fee)
     legs = [
         PostingDraft("1110", currency, amount, tenant_id, None, served_model_id),
-        PostingDraft("2100", currency, -owed, tenant_id, party_id, served_model_id),
-        PostingDraft("4010", currency, -platform_fee, tenant_id, party_id, served_model_id),
+        PostingDraft("2100", currency, owed.copy_negate(), tenant_id, party_id, served_model_id),
+        PostingDraft("4010", currency, platform_fee.copy_negate(), tenant_id, party_id, served_model_id),
     ]
     return build_joint_entries(
         "agent_usage_accrual", legs, dates=dates, description=description or "usage as agent", tenant_id=tenant_id

@@ -25,6 +25,6 @@ def build_reversal(
         description=f"reverses {entry_id}: {reason}",
         effective_on=effective_on,
         occurred_at=occurred_at,
-        postings=tuple(replace(posting, amount=-posting.amount) for posting in draft.postings),
+        postings=tuple(replace(posting, amount=posting.amount.copy_negate()) for posting in draft.postings),
         reverses_id=entry_id,
     )

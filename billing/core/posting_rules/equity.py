@@ -41,7 +41,7 @@ def build_annual_close(*, dates: EntryDates, year: int, currency: str, balances:
         if get_account(code).type not in (AccountType.INCOME, AccountType.EXPENSE):
             raise InvalidJournalError(f"the annual close leaves account {code} alone: it is of the balance sheet")
     legs = [
-        *(PostingDraft(code, currency, -balance) for code, balance in sorted(balances.items())),
+        *(PostingDraft(code, currency, balance.copy_negate()) for code, balance in sorted(balances.items())),
         PostingDraft("3900", currency, sum_exact(balances.values())),
     ]
     return build_joint_entries("annual_close", legs, dates=dates, description=f"annual close {year}")

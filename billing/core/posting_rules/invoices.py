@@ -37,7 +37,7 @@ def build_invoice_finalization(
     legs = [
         PostingDraft("1100", currency, to_decimal(subtotal + tax), tenant_id),
         *(
-            PostingDraft("1110", currency, -amount, tenant_id, served_model_id=served_model_id)
+            PostingDraft("1110", currency, amount.copy_negate(), tenant_id, served_model_id=served_model_id)
             for served_model_id, amount in unbilled.items()
         ),
         PostingDraft("2300", currency, -to_decimal(tax), tenant_id),

@@ -29,7 +29,9 @@ def build_joint_entries(
         raise InvalidJournalError(f"{kind}: account {in_tenant_book[0].account} needs a tenant")
     for currency, difference in sum_by_currency(in_tenant_book).items():
         if difference:
-            in_tenant_book.append(PostingDraft(DUE_TO_CORPORATE_BOOK, currency, -difference, tenant_id=tenant_id))
+            in_tenant_book.append(
+                PostingDraft(DUE_TO_CORPORATE_BOOK, currency, difference.copy_negate(), tenant_id=tenant_id)
+            )
             in_corporate_book.append(PostingDraft(DUE_FROM_TENANT_BOOKS, currency, difference, tenant_id=tenant_id))
     return tuple(
         JournalDraft(

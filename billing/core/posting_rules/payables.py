@@ -40,7 +40,7 @@ def build_statement_rounding(
     difference = EXACT.subtract(accrued, to_decimal(stated))
     legs = [
         PostingDraft(ACCRUED[kind], stated.currency, difference, party_id=party_id),
-        PostingDraft("5090", stated.currency, -difference, party_id=party_id),
+        PostingDraft("5090", stated.currency, difference.copy_negate(), party_id=party_id),
     ]
     return build_joint_entries("statement_rounding", legs, dates=dates, description=f"rounding {reference}")
 

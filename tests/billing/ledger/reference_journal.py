@@ -11,10 +11,14 @@ from decimal import Decimal
 from pathlib import Path
 
 from billing.core import posting_rules as rules
+from billing.core.chart_of_accounts import ACCOUNTS
 from billing.core.journal import EntryDates
 from billing.core.money import Money
 from billing.core.posting_rules import PayableKind
 from billing.core.posting_rules.joining import Drafts
+from billing.models import Party, Tenant
+from billing.selectors.ledger import sum_postings
+from billing.services.ledger import post_journal_entries, reverse_journal_entry
 
 JOURNAL_PATH = Path(__file__).parent / "data" / "ledger_templates.journal"
 TENANTS = ("Acme", "Beta", "Delta", "Eps", "Eta", "Gamma", "Zeta")
@@ -292,3 +296,31 @@ class ReferenceRules:
             ),
             "J13h": lambda dates: rules.build_realised_gain(dates=dates, gain=usd("6.05"), reference="OwnerCN"),
         }
+
+
+def post_reference_journal() -> None:
+    """Post the whole reference into an empty ledger, reversals and annual close included; keys are the tags."""
+    tenants, parties = {}, {}
+    for name in TENANTS:
+        tenants[name] = Tenant.objects.create(party=Party.objects.create(slug=name, name=name), currency="USD").pk
+    for name in PARTIES:
+        parties[name] = Party.objects.create(slug=name, name=name).pk
+    keyed = [(tag, draft) for tag, drafts in ReferenceRules(tenants, parties).build() for draft in drafts]
+    # J20a is two rules here, so its second entry in a book needs another key.
+    seen: set[tuple[str, int | None]] = set()
+    entries = []
+    for tag, draft in keyed:
+        key = tag if (tag, draft.book_tenant_id) not in seen else f"{tag} invoice"
+        seen.add((tag, draft.book_tenant_id))
+        entries.append((key, draft))
+    posted = dict(zip((key for key, _ in entries), post_journal_entries(entries), strict=False))
+    reverse_journal_entry(posted["J13e"].pk, key="J13f", effective_on=date(2024, 8, 1), reason="revaluation of July")
+    income_and_expenses = [account.code for account in ACCOUNTS if account.code[0] in "457"]
+    balances = sum_postings(account=income_and_expenses, by=("account",), currency="USD")
+    close = rules.build_annual_close(
+        dates=EntryDates(date(2024, 12, 31), datetime(2024, 12, 31, 23, tzinfo=UTC)),
+        year=2024,
+        currency="USD",
+        balances={code: total for (code,), total in balances.items() if total},
+    )
+    post_journal_entries([("J16", draft) for draft in close])
