@@ -42,8 +42,8 @@ def release_quarantined_events(
 ) -> ReleaseResult:
     """Try held events again with today's catalog and record those that pass; all of them where `ids` is None.
 
-    An event passes where its reason is gone; `sequence_reused` is no fault of the event's own, so releasing it is
-    the decision that it is another call. What does not pass stays held, with the reason it has now.
+    An event passes where its reason is gone; `sequence_reused` is no fault of the event's own, so releasing
+    it is the decision that it is another call. What does not pass stays held, with the reason it has now.
     """
     held = QuarantinedEvent.objects.filter(state=QuarantinedEvent.State.HELD)
     if ids is not None:

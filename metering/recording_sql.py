@@ -25,9 +25,9 @@ _SUM_COLUMNS = (
 )
 
 # New events, their rollups and their number by tenant and hour, in one statement: what is summed is exactly
-# what was inserted. Cells are locked in their order, so that two recorders cannot deadlock. The key has the tenant
-# in it, so the call id of another tenant must be looked for; OFFSET 0 makes that a look-up for each row and not a
-# join over all partitions.
+# what was inserted. Cells are locked in their order, so that two recorders cannot deadlock. The key has the
+# tenant in it, so the call id of another tenant must be looked for; OFFSET 0 makes that a look-up for each
+# row and not a join over all partitions.
 INSERT_EVENTS = f"""
 WITH inserted AS (
     INSERT INTO metering_usage_event ({", ".join(_EVENT_COLUMNS)}, recording_id)

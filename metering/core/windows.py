@@ -6,6 +6,7 @@ begins or ends. Partitions of raw events are days of UTC, because a call id carr
 
 from __future__ import annotations
 
+import re
 import uuid
 from datetime import UTC, date, datetime, timedelta, tzinfo
 
@@ -66,6 +67,23 @@ class UsageDayFinder:
 def get_utc_day(occurred_at_us: int) -> date:
     """Return the UTC day of the instant: the partition of its raw event."""
     return date.fromordinal(719_163 + occurred_at_us // US_PER_DAY)
+
+
+def get_month(day: date) -> tuple[date, date]:
+    """Return the first day of the month of `day` and of the month after: `[start, end)`."""
+    start = day.replace(day=1)
+    return start, (start + timedelta(days=31)).replace(day=1)
+
+
+def parse_month(text: str) -> tuple[date, date]:
+    """Return `[start, end)` of a month written `YYYY-MM`; raises ValueError.
+
+    >>> parse_month("2026-10")
+    (datetime.date(2026, 10, 1), datetime.date(2026, 11, 1))
+    """
+    if re.fullmatch(r"\d{4}-\d{2}", text) is None:
+        raise ValueError(f"{text!r} is not a month: write YYYY-MM, e.g. 2026-10")
+    return get_month(date.fromisoformat(f"{text}-01"))
 
 
 def compute_call_id_bounds(first_day: date, end_day: date) -> tuple[uuid.UUID, uuid.UUID]:

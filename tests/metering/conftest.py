@@ -15,7 +15,7 @@ from tests.metering.builders import build_snapshot
 
 @pytest.fixture
 def metering(transactional_db: None, redis_url: str) -> Iterator[redis.Redis]:
-    """A committed catalog (`build_snapshot`) and empty streams; the value is a client of the streams' server."""
+    """A committed catalog (`build_snapshot`) and empty streams; the value is a client of their server."""
     clear_catalog_cache()
     clear_known_days()
     store_catalog_snapshot(build_snapshot())

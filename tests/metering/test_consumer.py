@@ -161,7 +161,7 @@ def test_superseded_fillers_advance_the_sequence_and_are_not_summed(metering: re
 
 
 def test_day_is_the_tenants_own(metering: redis.Redis) -> None:
-    # One instant, four zones; and the last and first microsecond of a day in New York, when summer time has ended.
+    # One instant, four zones; and the last and first microsecond of a day in New York after summer time.
     at_us = get_us("2026-10-31T17:00:00")
     send(metering, [build_event(1, tenant_id=t, occurred_at_us=at_us) for t in (1, 2, 3, 4)])
     send(metering, [build_event(2, tenant_id=2, occurred_at_us=get_us("2026-11-02T05:00:00") - 1)])

@@ -29,7 +29,8 @@ class Command(BaseCommand):
             self.stdout.write(json.dumps(asdict(totals)))
             return
         self.stdout.write(
-            f"{totals.entries:,} entries: {totals.rolled_up:,} rolled up, {totals.quarantined:,} quarantined, "
-            f"{totals.conflicts:,} conflicts, {totals.duplicates:,} duplicates, {totals.superseded:,} superseded, "
+            f"{totals.entries:,} entries: {totals.rolled_up:,} rolled up, "
+            f"{totals.quarantined:,} quarantined, {totals.conflicts:,} conflicts, "
+            f"{totals.duplicates:,} duplicates, {totals.superseded:,} superseded, "
             f"{totals.dead_letters:,} dead-lettered."
         )
