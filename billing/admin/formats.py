@@ -68,9 +68,13 @@ def format_aligned(amount: Decimal, decimals: int) -> str:
     return _group(amount, decimals)
 
 
-def format_price(price_per_mtok: Decimal, currency: str) -> str:
-    """Return a unit price, e.g. `0.22 USD / 1M`."""
-    return f"{format_exact(price_per_mtok)} {currency} / 1M"
+def format_price(price_per_mtok: Decimal) -> str:
+    """Return a unit price with all its digits and two decimals at least.
+
+    >>> format_price(Decimal("3.500000000000000000")), format_price(Decimal("0.0225"))
+    ('3.50', '0.0225')
+    """
+    return format_aligned(price_per_mtok, count_decimals([price_per_mtok]))
 
 
 def format_count(count: int) -> str:

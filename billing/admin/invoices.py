@@ -20,6 +20,7 @@ from billing.admin.formats import (
     format_count,
     format_exact,
     format_minor,
+    format_price,
     render_number,
 )
 from billing.admin.operations import Operation, get_target, require_permission, run_operation
@@ -255,7 +256,7 @@ def _describe_line(line: InvoiceLine, currency: str) -> dict[str, str]:
         "category": line.get_category_display() if line.category != InvoiceLine.Category.USAGE else "",
         "origin_period": line.origin_period,
         "quantity": format_count(line.quantity_tokens) if line.quantity_tokens else "",
-        "price": "" if line.price_per_mtok is None else format_exact(line.price_per_mtok),
+        "price": "" if line.price_per_mtok is None else format_price(line.price_per_mtok),
         "unrounded": format_exact(line.amount_unrounded),
         "amount": format_minor(line.amount_minor, currency),
     }

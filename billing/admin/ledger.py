@@ -40,6 +40,7 @@ class JournalEntryAdmin(ReadOnlyAdmin):
     list_filter = (
         ("effective_on", RangeDateFilter),
         ("book", RelatedDropdownFilter),
+        ("postings__account", RelatedDropdownFilter),
         "kind",
     )
     list_filter_submit = True
@@ -151,14 +152,14 @@ class LedgerAccountAdmin(ReadOnlyAdmin):
 
     @display(description="balance (debit − credit)")
     def balance(self, account: LedgerAccount) -> SafeString | str:
-        return format_html_join(
-            "", "{}<br>", ((_render_side(Decimal(p["sum"]), p["currency"]),) for p in account.balances)
-        )
+        return format_html_join("", "{}", ((_render_side(Decimal(p["sum"]), p["currency"]),) for p in account.balances))
 
     @display(description="")
-    def entries_link(self, account: LedgerAccount) -> SafeString:
+    def entries_link(self, account: LedgerAccount) -> SafeString | str:
+        if not account.balances:
+            return ""
         url = reverse("admin:billing_journalentry_changelist")
-        return format_html('<a class="text-link" href="{}?postings__account={}">entries</a>', url, account.pk)
+        return format_html('<a class="tb-link" href="{}?postings__account__pk__exact={}">entries</a>', url, account.pk)
 
 
 def _render_side(amount: Decimal, currency: str) -> SafeString:

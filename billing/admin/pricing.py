@@ -19,6 +19,9 @@ from billing.admin.formats import format_exact, format_price, render_number
 from billing.admin.versions import EndableMixin
 from billing.models import Contract, ExchangeRate, PriceBook, Rate, RateCard
 from billing.selectors.catalog import is_rate_card_used
+from gateway.contract.token_kind import TokenKind
+
+KIND_ORDER = [kind.value for kind in TokenKind]
 
 
 class RateInline(TabularInline):
@@ -49,14 +52,14 @@ class RateInline(TabularInline):
 
     @display(description="price per 1M tokens")
     def price(self, rate: Rate) -> str:
-        return format_price(rate.price_per_mtok, rate.rate_card.price_book.currency)
+        return f"{format_price(rate.price_per_mtok)} {rate.rate_card.price_book.currency}"
 
 
 @admin.register(RateCard)
 class RateCardAdmin(EndableMixin, ConfigurationAdmin):
     """Rates of one served model for some days. One that has priced usage cannot be edited: end it and add another."""
 
-    list_display = ("served_model", "price_book", "prices", "effective_from", "effective_to", "in_force", "source_on")
+    list_display = ("served_model", "price_book", "prices", "effective_from", "effective_to", "in_force")
     list_filter = (("price_book", RelatedDropdownFilter), ("served_model", RelatedDropdownFilter))
     list_filter_submit = True
     list_select_related = ("price_book", "served_model")
@@ -73,10 +76,11 @@ class RateCardAdmin(EndableMixin, ConfigurationAdmin):
     @display(description="price per 1M tokens")
     def prices(self, card: RateCard) -> SafeString:
         currency = card.price_book.currency
+        rates = sorted(card.rates.all(), key=lambda rate: KIND_ORDER.index(rate.token_kind))
         return format_html_join(
             " · ",
             '<span class="tb-nowrap">{} <b>{}</b></span>',
-            ((rate.token_kind, f"{format_exact(rate.price_per_mtok)} {currency}") for rate in card.rates.all()),
+            ((rate.token_kind.replace("_", " "), f"{format_price(rate.price_per_mtok)} {currency}") for rate in rates),
         )
 
     @display(description="state", label={"in force": "success", "to come": "info", "ended": "default"})
