@@ -11,7 +11,9 @@ class BillingConfig(AppConfig):
 
     def ready(self) -> None:
         from billing import privileges
+        from billing.admin import registration
         from billing.services import ledger_accounts
 
         privileges.connect()
         ledger_accounts.connect()
+        registration.connect(self)

@@ -16,7 +16,7 @@ from billing.admin.operations import get_target, require_permission
 from billing.admin.read_only import ReadOnlyAdmin
 from billing.core.errors import BillingError
 from billing.core.periods import Month
-from billing.models import CloseStep, SettlementPeriod
+from billing.models import SettlementPeriod
 from billing.selectors.closing import list_close_checks
 from billing.services.closing import close_period
 
@@ -56,10 +56,9 @@ class SettlementPeriodAdmin(ReadOnlyAdmin):
     def change_view(
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None
     ) -> HttpResponse:
-        steps = CloseStep.objects.none()
-        if object_id.isdigit():
-            steps = CloseStep.objects.filter(settlement_period_id=object_id).order_by("-id")[:STEPS_SHOWN_MAX]
-        return super().change_view(request, object_id, form_url, {**(extra_context or {}), "steps": steps})
+        period = self.get_object(request, object_id)
+        context = {**(extra_context or {}), "steps": _describe_steps(period) if period else []}
+        return super().change_view(request, object_id, form_url, context)
 
     def has_close_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         may = request.user.has_perm("billing.change_settlementperiod")
@@ -94,3 +93,21 @@ class SettlementPeriodAdmin(ReadOnlyAdmin):
             return redirect("admin:billing_settlementperiod_close_page", period.pk)
         messages.success(request, f"{month} is closed. Its documents can be exported.")
         return redirect("admin:billing_settlementperiod_change", period.pk)
+
+
+def _describe_steps(period: SettlementPeriod) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "name": step.name.replace("_", " "),
+            "facts": [_describe_fact(name, value) for name, value in step.detail.items()],
+        }
+        for step in period.steps.order_by("-id")[:STEPS_SHOWN_MAX]
+    ]
+
+
+def _describe_fact(name: str, value: Any) -> str:
+    if name == "checks":  # each with its reasons: too much for a row, and the checklist shows them
+        red = [check["title"] for check in value if check["reasons"]]
+        return f"{len(value)} checks, red: {', '.join(red) or 'none'}"
+    return f"{name.replace('_', ' ')} {value}"

@@ -28,10 +28,11 @@ from billing.core.errors import InvalidPeriodError
 from billing.core.periods import Month
 from billing.models import AuditRecord, ServedModel
 from billing.selectors import dashboard as selectors
-from billing.selectors.dashboard import Amounts, DailyUsage, DocumentsDue, ModelMoney
+from billing.selectors.dashboard import Amounts, DailyUsage, DocumentsDue, MeteringHealth, ModelMoney
 from billing.selectors.rating_terms import get_conversion_rates
 
 ROWS_SHOWN_MAX = 8
+LAG_MAX_MS = 60_000
 WIDE_PX = 1080
 NARROW_PX = 530
 SIDES = ("revenue", "provider_cost", "royalty")
@@ -199,22 +200,42 @@ def _describe_due(text: str, due: DocumentsDue, link: str, dot: str) -> dict[str
 
 def _list_wrong() -> list[dict[str, Any]]:
     health = selectors.get_metering_health()
-    last = health.last_recorded_at
-    gaps = f"{format_count(health.missing_events)} events have not arrived" if health.open_gaps else ""
+    state = health.state
+    gaps = f"{format_count(state.missing_events)} events have not arrived"
+    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in state.quarantined_by_reason.items())
     return [
-        _describe_wrong("Sequence gaps", health.open_gaps, gaps, "metering_sequencegap"),
-        _describe_wrong(
-            "Events in quarantine", health.quarantined, "not billed until released", "metering_quarantinedevent"
-        ),
-        _describe_wrong("Dead letters", health.dead_letters, "entries that could not be read", "metering_deadletter"),
+        _describe_wrong("Sequence gaps", state.open_gaps, gaps, "metering_sequencegap"),
+        _describe_wrong("Events in quarantine", state.quarantined, reasons, "metering_quarantinedevent"),
+        _describe_wrong("Dead letters", state.dead_letters, "entries that could not be read", "metering_deadletter"),
+        _describe_lag(health),
         {
             "text": "Usage last recorded",
-            "detail": f"{last:%Y-%m-%d %H:%M:%S} UTC" if last else "never",
-            "count": _show_age(last),
+            "detail": f"{health.last_recorded_at:%Y-%m-%d %H:%M:%S} UTC" if health.last_recorded_at else "never",
+            "count": _show_age(health.last_recorded_at),
             "dot": "idle",
             "link": None,
         },
     ]
+
+
+def _describe_lag(health: MeteringHealth) -> dict[str, Any]:
+    state = health.state
+    if not health.is_lag_known:
+        return {
+            "text": "Usage waiting in streams",
+            "detail": "the Redis-protocol server does not answer",
+            "count": "?",
+            "dot": "bad",
+            "link": None,
+        }
+    is_late = state.oldest_age_ms > LAG_MAX_MS
+    return {
+        "text": "Usage waiting in streams",
+        "detail": f"the oldest for {format_count(state.oldest_age_ms // 1000)} s" if state.waiting_entries else "",
+        "count": format_count(state.waiting_entries),
+        "dot": "bad" if is_late else "good",
+        "link": None,
+    }
 
 
 def _describe_wrong(text: str, count: int, detail: str, table: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from billing.admin.formats import (
 )
 from billing.admin.operations import Operation, get_target, require_permission, run_operation
 from billing.admin.read_only import ReadOnlyAdmin
-from billing.api.downloads import RENDERERS, build_invoice_download
+from billing.api.downloads import CONTENT_TYPES, build_invoice_download
 from billing.models import Invoice, InvoiceLine
 from billing.services.invoices import finalize_invoice, record_invoice_payment, void_invoice
 
@@ -122,7 +122,7 @@ class InvoiceAdmin(ReadOnlyAdmin):
     def document_view(self, request: HttpRequest, invoice_id: int, extension: str) -> HttpResponse:
         """Download the PDF, CSV or JSON of a finalized invoice."""
         invoice = get_target(self, request, str(invoice_id))
-        if extension not in RENDERERS or not invoice.number:
+        if extension not in CONTENT_TYPES or not invoice.number:
             raise Http404("a draft has no documents yet")
         return build_invoice_download(invoice, extension)
 
@@ -228,7 +228,7 @@ def list_document_links(invoice: Invoice) -> list[tuple[str, str]]:
         return []
     return [
         (reverse("admin:billing_invoice_document", args=[invoice.pk, extension]), extension.upper())
-        for extension in RENDERERS
+        for extension in CONTENT_TYPES
     ]
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from django import forms
 from django.contrib import admin
-from django.http import HttpRequest, HttpResponse
+from django.http import Http404, HttpRequest, HttpResponse
+from django.urls import URLPattern, path, reverse
+from django.utils import timezone
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownFilter
 from unfold.decorators import action, display
+from unfold.widgets import UnfoldAdminDateWidget, UnfoldAdminTextInputWidget
 
 from billing.admin.formats import format_exact, format_minor, render_number
 from billing.admin.operations import Operation, get_target, require_permission, run_operation
 from billing.admin.read_only import ReadOnlyAdmin
+from billing.api.downloads import CONTENT_TYPES, build_statement_download
 from billing.models import Payable, Statement, StatementLine
-from billing.services.payables import approve_payable, confirm_payable, send_payable
+from billing.services.payables import approve_payable, confirm_payable, fail_payable, send_payable
 
 STATUS_COLOURS = {
     Payable.Status.ACCRUED: "warning",
@@ -24,6 +31,63 @@ STATUS_COLOURS = {
     Payable.Status.FAILED: "danger",
 }
 LINES_SHOWN_MAX = 500
+
+
+def _build_day_field(name: str) -> forms.DateField:
+    return forms.DateField(
+        initial=timezone.localdate,
+        label=name,
+        help_text="accounting day, in an open month",
+        widget=UnfoldAdminDateWidget(attrs={"type": "date"}, format="%Y-%m-%d"),
+    )
+
+
+class ApproveForm(forms.Form):
+    """When it was approved."""
+
+    approved_on = _build_day_field("Approved on")
+
+
+class SendForm(forms.Form):
+    """When the bank was ordered to pay."""
+
+    sent_on = _build_day_field("Sent on")
+
+
+class ConfirmForm(forms.Form):
+    """When it arrived."""
+
+    confirmed_on = _build_day_field("Confirmed on")
+
+
+class FailForm(forms.Form):
+    """When and why it came back."""
+
+    failed_on = _build_day_field("Returned on")
+    reason = forms.CharField(max_length=200, widget=UnfoldAdminTextInputWidget)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step of a payable: what the page says, and the service that does it."""
+
+    verb: str
+    explanation: str
+    form_class: type[forms.Form]
+    service: Callable[..., Payable]
+
+
+APPROVE = _Step(
+    "Approve",
+    "You confirm the amount against the statement. Whoever proposed it cannot approve it.",
+    ApproveForm,
+    approve_payable,
+)
+SEND = _Step("Mark as sent", "The payment has been ordered at the bank.", SendForm, send_payable)
+CONFIRM = _Step("Confirm", "The payment has arrived at the payee.", ConfirmForm, confirm_payable)
+FAIL = _Step(
+    "Mark as returned", "The bank returned the payment: it is owed again and can be sent again.", FailForm, fail_payable
+)
 
 
 @admin.register(Statement)
@@ -37,6 +101,18 @@ class StatementAdmin(ReadOnlyAdmin):
     search_fields = ("party__slug", "party__name")
     date_hierarchy = "period_start"
     change_form_template = "billing/statement.html"
+
+    def get_urls(self) -> list[URLPattern]:
+        view = self.admin_site.admin_view(self.document_view)
+        route = "<int:statement_id>/document.<str:extension>"
+        return [path(route, view, name="billing_statement_document"), *super().get_urls()]
+
+    def document_view(self, request: HttpRequest, statement_id: int, extension: str) -> HttpResponse:
+        """Download the PDF, CSV or JSON of a statement."""
+        statement = get_target(self, request, str(statement_id))
+        if extension not in CONTENT_TYPES:
+            raise Http404("there is no such document")
+        return build_statement_download(statement, extension)
 
     @display(description="party", ordering="party__name", header=True)
     def party_name(self, statement: Statement) -> tuple[str, str]:
@@ -82,6 +158,10 @@ def describe_statement(statement: Statement) -> dict[str, Any]:
         "lines": [_describe_line(line, statement.currency) for line in lines[:LINES_SHOWN_MAX]],
         "lines_left_off": len(lines) > LINES_SHOWN_MAX,
         "total": format_minor(statement.total_minor, statement.currency),
+        "documents": [
+            (reverse("admin:billing_statement_document", args=[statement.pk, extension]), extension.upper())
+            for extension in CONTENT_TYPES
+        ],
     }
 
 
@@ -106,7 +186,7 @@ class PayableAdmin(ReadOnlyAdmin):
     list_filter_submit = True
     list_select_related = ("statement__party", "proposed_by", "approved_by")
     search_fields = ("statement__party__slug", "statement__party__name")
-    actions_detail = ("approve_page", "send_page", "confirm_page")
+    actions_detail = ("approve_page", "send_page", "confirm_page", "fail_page")
     fields = ("statement", "amount", "status_badge", "proposed_by", "approved_by")
     readonly_fields = ("amount", "status_badge")
 
@@ -134,38 +214,42 @@ class PayableAdmin(ReadOnlyAdmin):
         return self._is_offered(request, object_id, Payable.Status.ACCRUED)
 
     def has_send_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
-        return self._is_offered(request, object_id, Payable.Status.APPROVED)
+        return self._is_offered(request, object_id, Payable.Status.APPROVED, Payable.Status.FAILED)
 
-    def has_confirm_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+    def has_settle_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self._is_offered(request, object_id, Payable.Status.SENT)
 
-    def _is_offered(self, request: HttpRequest, object_id: str | None, status: str) -> bool:
+    def _is_offered(self, request: HttpRequest, object_id: str | None, *statuses: str) -> bool:
         may = request.user.has_perm("billing.change_payable")
-        return may and Payable.objects.filter(pk=object_id, status=status).exists()
+        return may and Payable.objects.filter(pk=object_id, status__in=statuses).exists()
 
     @action(description="Approve…", icon="verified", url_path="approve", permissions=["approve"])
     def approve_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """A second person agrees to the payment."""
-        explanation = "You confirm the amount against the statement. Whoever proposed it cannot approve it."
-        return self._run(request, object_id, "Approve", explanation, approve_payable)
+        return self._run(request, object_id, APPROVE)
 
     @action(description="Mark as sent…", icon="send", url_path="send", permissions=["send"])
     def send_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """The money has left."""
-        return self._run(request, object_id, "Mark as sent", "The payment has been ordered at the bank.", send_payable)
+        return self._run(request, object_id, SEND)
 
-    @action(description="Confirm…", icon="done_all", url_path="confirm", permissions=["confirm"])
+    @action(description="Confirm…", icon="done_all", url_path="confirm", permissions=["settle"])
     def confirm_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """The money has arrived."""
-        return self._run(request, object_id, "Confirm", "The payment has arrived at the payee.", confirm_payable)
+        return self._run(request, object_id, CONFIRM)
 
-    def _run(self, request: HttpRequest, object_id: str, verb: str, explanation: str, service: Any) -> HttpResponse:
+    @action(description="Returned…", icon="undo", url_path="fail", permissions=["settle"])
+    def fail_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """The money came back."""
+        return self._run(request, object_id, FAIL)
+
+    def _run(self, request: HttpRequest, object_id: str, step: _Step) -> HttpResponse:
         require_permission(request, "billing.change_payable")
         payable = get_target(self, request, object_id)
         statement = payable.statement
 
-        def perform(_: dict[str, Any]) -> str:
-            changed = service(payable.pk, actor=request.user)
+        def perform(cleaned: dict[str, Any]) -> str:
+            changed = step.service(payable.pk, actor=request.user, **cleaned)
             return f"{statement.party.name}: {changed.get_status_display().lower()}."
 
         return run_operation(
@@ -173,10 +257,11 @@ class PayableAdmin(ReadOnlyAdmin):
             request,
             payable,
             Operation(
-                title=f"{verb}: {statement.party.name}",
-                explanation=explanation,
-                button=verb,
+                title=f"{step.verb}: {statement.party.name}",
+                explanation=step.explanation,
+                button=step.verb,
                 perform=perform,
+                form_class=step.form_class,
                 facts=(
                     ("Amount", format_minor(payable.amount_minor, statement.currency)),
                     ("Statement", str(statement)),

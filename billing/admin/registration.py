@@ -1,4 +1,8 @@
-"""Imports every module that registers with the admin site. Called once, when the app registry is ready."""
+"""Imports every module that registers with the admin site. Imported once, when the app registry is ready."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
 
 from billing.admin import (  # noqa: F401
     agreements,
@@ -10,6 +14,12 @@ from billing.admin import (  # noqa: F401
     ledger,
     payables,
     pricing,
+    staff_groups,
     tenants,
     users,
 )
+
+
+def connect(app: AppConfig) -> None:
+    """Create the groups of staff after each migration of billing."""
+    staff_groups.connect(app)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from django.http import HttpResponse
 
-from billing.documents.invoice_document import (
-    InvoiceDocument,
-    build_invoice_document,
-    render_csv,
-    render_pdf,
-    to_canonical_json,
-)
-from billing.models import Invoice
+from billing.documents import invoice_document, statement_document
+from billing.models import Invoice, Statement
 
-RENDERERS: dict[str, tuple[str, Callable[[InvoiceDocument], bytes]]] = {
-    "pdf": ("application/pdf", render_pdf),
-    "csv": ("text/csv; charset=utf-8", render_csv),
-    "json": ("application/json", to_canonical_json),
-}
+CONTENT_TYPES = {"pdf": "application/pdf", "csv": "text/csv; charset=utf-8", "json": "application/json"}
 
 
 def build_invoice_download(invoice: Invoice, extension: str) -> HttpResponse:
-    """Return the document of a finalized invoice as a file named by its number; `extension` is of RENDERERS."""
-    content_type, render = RENDERERS[extension]
-    response = HttpResponse(render(build_invoice_document(invoice.pk)), content_type=content_type)
-    response["Content-Disposition"] = f'attachment; filename="{invoice.full_number}.{extension}"'
-    response["X-Content-Type-Options"] = "nosniff"
+    """Return the document of a numbered invoice as a file named by its number; `extension` is of CONTENT_TYPES."""
+    document = invoice_document.build_invoice_document(invoice.pk)
+    return _build_response(_render(invoice_document, document, extension), invoice.full_number, extension)
+
+
+def build_statement_download(statement: Statement, extension: str) -> HttpResponse:
+    """Return the document of a statement; one that is not final says so in its text."""
+    document = statement_document.build_statement_document(statement.pk)
+    return _build_response(_render(statement_document, document, extension), document.number, extension)
+
+
+def _render(module, document, extension: str) -> bytes:
+    renderers = {"pdf": module.render_pdf, "csv": module.render_csv, "json": module.to_canonical_json}
+    return renderers[extension](document)
+
+
+def _build_response(content: bytes, name: str, extension: str) -> HttpResponse:
+    response = HttpResponse(content, content_type=CONTENT_TYPES[extension])
+    response["Content-Disposition"] = f'attachment; filename="{name}.{extension}"'
     return response

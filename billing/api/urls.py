@@ -3,10 +3,10 @@
 from django.urls import path, re_path
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
-from billing.api.downloads import RENDERERS
+from billing.api.downloads import CONTENT_TYPES
 from billing.api.views import InvoiceDocumentView, InvoiceListView, InvoiceView, UsageView
 
-EXTENSIONS = "|".join(RENDERERS)
+EXTENSIONS = "|".join(CONTENT_TYPES)
 
 urlpatterns = [
     path("schema/", SpectacularAPIView.as_view(), name="api_schema"),

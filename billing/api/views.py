@@ -22,7 +22,7 @@ from billing.api.authentication import (
     StaffSessionAuthentication,
     get_own_tenant_id,
 )
-from billing.api.downloads import RENDERERS, build_invoice_download
+from billing.api.downloads import CONTENT_TYPES, build_invoice_download
 from billing.api.serializers import (
     InvoiceDetail,
     InvoiceQuestion,
@@ -112,10 +112,10 @@ class InvoiceDocumentView(BillsView):
 
     @extend_schema(
         operation_id="getInvoiceDocument",
-        parameters=[NUMBER, OpenApiParameter("extension", str, OpenApiParameter.PATH, enum=list(RENDERERS))],
+        parameters=[NUMBER, OpenApiParameter("extension", str, OpenApiParameter.PATH, enum=list(CONTENT_TYPES))],
         responses={
             (200, content_type.partition(";")[0]): OpenApiResponse(OpenApiTypes.BINARY)
-            for content_type, _ in RENDERERS.values()
+            for content_type in CONTENT_TYPES.values()
         },
     )
     def get(self, request: Request, number: str, extension: str) -> HttpResponse:

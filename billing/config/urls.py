@@ -2,7 +2,7 @@
 
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse
-from django.urls import path
+from django.urls import include, path
 from django.views.generic import RedirectView
 
 
@@ -15,4 +15,5 @@ urlpatterns = [
     path("", RedirectView.as_view(url="/admin/")),
     path("healthz", healthz),
     path("admin/", admin.site.urls),
+    path("api/", include("billing.api.urls")),
 ]

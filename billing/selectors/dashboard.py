@@ -14,7 +14,8 @@ from decimal import Decimal
 from typing import Any
 
 from django.db import connection
-from django.db.models import Count, F, Max, Q, QuerySet, Sum
+from django.db.models import Count, F, Max, QuerySet, Sum
+from redis import RedisError
 
 from billing.core.conversion import ConversionRate
 from billing.core.money import sum_exact
@@ -23,7 +24,8 @@ from billing.core.periods import Month
 from billing.core.rate_cards import PARENT_KINDS
 from billing.models import Invoice, Payable, Posting, SettlementPeriod
 from gateway.contract.token_kind import TokenKind
-from metering.models import DeadLetter, QuarantinedEvent, Recording, SequenceGap, UsageRollup
+from metering.models import Recording, UsageRollup
+from metering.selectors import MeteringState, get_metering_state
 
 REVENUE = "4000"
 PROVIDER_COST = "5000"
@@ -73,12 +75,11 @@ class DocumentsDue:
 
 @dataclass(frozen=True, slots=True)
 class MeteringHealth:
-    """What metering could not account for, and when it last recorded."""
+    """What metering could not account for, and when it last recorded. `state` has no lag where `is_lag_known` is false:
+    the Redis-protocol server did not answer."""
 
-    open_gaps: int
-    missing_events: int
-    quarantined: int
-    dead_letters: int
+    state: MeteringState
+    is_lag_known: bool
     last_recorded_at: datetime | None
 
 
@@ -253,14 +254,9 @@ def list_periods_to_close(today: date) -> list[SettlementPeriod]:
 
 
 def get_metering_health() -> MeteringHealth:
-    """Return what metering could not account for."""
-    gaps = SequenceGap.objects.filter(closed_at=None).aggregate(
-        number=Count("pk"), missing=Sum(F("last_seq") - F("first_seq") + 1)
-    )
-    return MeteringHealth(
-        open_gaps=gaps["number"],
-        missing_events=int(gaps["missing"] or 0),
-        quarantined=QuarantinedEvent.objects.filter(state=QuarantinedEvent.State.HELD).count(),
-        dead_letters=DeadLetter.objects.count(),
-        last_recorded_at=Recording.objects.filter(Q(rolled_up_count__gt=0)).aggregate(at=Max("recorded_at"))["at"],
-    )
+    """Return what metering could not account for, and how far behind it is."""
+    last = Recording.objects.filter(rolled_up_count__gt=0).aggregate(at=Max("recorded_at"))["at"]
+    try:
+        return MeteringHealth(get_metering_state(), is_lag_known=True, last_recorded_at=last)
+    except RedisError:
+        return MeteringHealth(get_metering_state(with_streams=False), is_lag_known=False, last_recorded_at=last)
