@@ -38,7 +38,7 @@ class RateCardTerms:
 
     def get_price_per_mtok(self, kind: TokenKind) -> Decimal:
         """Return the price of 1,000,000 tokens; raises UnpricedUsageError where neither kind nor parent has one."""
-        for candidate in (kind, PARENT_KINDS.get(kind)):
+        for candidate in (kind, PARENT_KINDS.get(kind, kind)):
             if candidate in self.prices_per_mtok:
                 return self.prices_per_mtok[candidate]
         raise UnpricedUsageError(f"rate card {self.id} has no rate for {kind.value} tokens")

@@ -98,8 +98,7 @@ def list_metering_problems(*, before: datetime) -> dict[str, list[str]]:
     for reason, count in held.order_by("reason").values_list("reason").annotate(Count("id")):
         problems["quarantine"].append(f"{count} events are held in quarantine: {reason}")
     problems["gaps"] = [
-        f"{gap.producer} numbered events {gap.first_seq} to {gap.last_seq} that have not arrived"
-        for gap in state.gaps
+        f"{gap.producer} numbered events {gap.first_seq} to {gap.last_seq} that have not arrived" for gap in state.gaps
     ]
     return problems
 
