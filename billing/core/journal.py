@@ -23,6 +23,8 @@ AMOUNT_LIMIT = Decimal(10) ** 28
 KIND_CHARS_MAX = 40
 DESCRIPTION_CHARS_MAX = 300
 
+Fields = tuple[str | int | None, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class EntryDates:
@@ -115,12 +117,8 @@ def sum_by_currency(postings: Iterable[PostingDraft]) -> dict[str, Decimal]:
 
 
 def compute_payload_sha256(draft: JournalDraft) -> bytes:
-    """Return the SHA-256 of every financial field, both dates included; the order of the postings does not matter.
-
-    The same function hashes a stored entry again in `verify_ledger`. Fields are length-prefixed, so no two drafts
-    share their bytes.
-    """
-    head = _encode(
+    """Return the SHA-256 of every financial field, both dates included; the order of the postings does not matter."""
+    return hash_payload(
         (
             draft.book_tenant_id,
             draft.kind,
@@ -129,10 +127,8 @@ def compute_payload_sha256(draft: JournalDraft) -> bytes:
             draft.occurred_at.astimezone(UTC).isoformat(timespec="microseconds"),
             draft.origin_period,
             draft.reverses_id,
-        )
-    )
-    postings = sorted(
-        _encode(
+        ),
+        (
             (
                 posting.account,
                 posting.currency,
@@ -142,12 +138,19 @@ def compute_payload_sha256(draft: JournalDraft) -> bytes:
                 posting.served_model_id,
                 posting.agreement_id,
             )
-        )
-        for posting in draft.postings
+            for posting in draft.postings
+        ),
     )
-    return hashlib.sha256(b"".join((head, *postings))).digest()
 
 
-def _encode(fields: tuple[str | int | None, ...]) -> bytes:
+def hash_payload(head: Fields, postings: Iterable[Fields]) -> bytes:
+    """Return the SHA-256 of fields in the order of `compute_payload_sha256`; amounts are integer nano-units.
+
+    `verify_ledger` hashes what is stored by this. Fields are length-prefixed, so no two payloads share their bytes.
+    """
+    return hashlib.sha256(b"".join((_encode(head), *sorted(map(_encode, postings))))).digest()
+
+
+def _encode(fields: Fields) -> bytes:
     texts = ("" if field is None else str(field) for field in fields)
     return b"".join(len(raw).to_bytes(4, "big") + raw for raw in (text.encode() for text in texts))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, TextIO
 
-from django.db import connection, transaction
+from django.db import connection
 
 from billing.core.ledger_export import (
     ExportedBalance,
@@ -18,8 +16,7 @@ from billing.core.ledger_export import (
     render_hledger,
 )
 from billing.core.periods import Month
-
-ROWS_PER_FETCH = 5_000
+from billing.selectors.snapshots import read_snapshot, stream_rows
 
 _FROM = """
     FROM billing_journalentry AS entry
@@ -62,26 +59,15 @@ def write_hledger(out: TextIO, *, month: Month | None = None) -> None:
 
     The assertions at its end are sums that the database computed apart from the entries, in the same snapshot.
     """
-    with _read_snapshot():
+    with read_snapshot():
         balances = _list_balances(month)
         out.writelines(render_hledger(_iterate_journal(month), balances))
 
 
 def write_csv(out: TextIO, *, month: Month | None = None) -> None:
     """Write the journal as CSV, one line per posting, of one month of accounting days or of all time."""
-    with _read_snapshot():
+    with read_snapshot():
         out.writelines(render_csv(_iterate_journal(month)))
-
-
-@contextmanager
-def _read_snapshot() -> Iterator[None]:
-    """All reads see one state of the database; a surrounding transaction keeps its own isolation."""
-    is_outermost = not connection.in_atomic_block
-    with transaction.atomic():
-        if is_outermost:
-            with connection.cursor() as cursor:
-                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        yield
 
 
 def _list_balances(month: Month | None) -> list[ExportedBalance]:
@@ -92,17 +78,9 @@ def _list_balances(month: Month | None) -> list[ExportedBalance]:
 
 def _iterate_journal(month: Month | None) -> JournalStream:
     sql = _JOURNAL + (_PERIOD if month else "") + _JOURNAL_ORDER
-    for head, rows in groupby(_stream(sql, _list_bounds(month)), key=lambda row: row[:_HEAD_COLUMNS]):
+    for head, rows in groupby(stream_rows(sql, _list_bounds(month)), key=lambda row: row[:_HEAD_COLUMNS]):
         yield ExportedEntry(*head), [ExportedPosting(*row[_HEAD_COLUMNS:]) for row in rows]
 
 
 def _list_bounds(month: Month | None) -> list[Any]:
     return [month.start, month.end] if month else []
-
-
-def _stream(sql: str, parameters: list[Any]) -> Iterator[tuple[Any, ...]]:
-    """Iterate by a cursor of the server, so that the client holds ROWS_PER_FETCH rows at a time."""
-    with connection.wrap_database_errors, connection.connection.cursor(name="tollbook_ledger_export") as cursor:
-        cursor.itersize = ROWS_PER_FETCH
-        cursor.execute(sql, parameters)
-        yield from cursor
