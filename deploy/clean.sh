@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-if [ -f .tollbook/up.lock ] && ! flock --nonblock .tollbook/up.lock true; then
+if [ -f .tollbook/up.lock ] && command -v flock >/dev/null && ! flock --nonblock .tollbook/up.lock true; then
     echo "Tollbook is running on .tollbook: stop it first (Ctrl-C where it runs)." >&2
     exit 1
 fi

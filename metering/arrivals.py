@@ -108,9 +108,7 @@ class StagedRowPacker:
     def __init__(self) -> None:
         self._texts: dict[tuple[str, str, str, str, str], bytes] = {}
 
-    def pack(
-        self, event: UsageEvent, *, arrival: int, is_replay: bool, producer_id: int, usage_on: date
-    ) -> bytes:
+    def pack(self, event: UsageEvent, *, arrival: int, is_replay: bool, producer_id: int, usage_on: date) -> bytes:
         """Return one row. The event must have passed attribution: its values fit their columns."""
         fixed = _FIXED.pack(
             _FIXED_ARGUMENT_COUNT,

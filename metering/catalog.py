@@ -49,8 +49,6 @@ def store_catalog_snapshot(snapshot: CatalogSnapshot) -> None:
     can see it (in the transaction after which it is published): then every event finds its catalog here.
     """
     body = catalog_snapshot.to_wire(snapshot)
-    record, is_new = CatalogSnapshotRecord.objects.get_or_create(
-        version=snapshot.version, defaults={"body": body}
-    )
+    record, is_new = CatalogSnapshotRecord.objects.get_or_create(version=snapshot.version, defaults={"body": body})
     if not is_new and bytes(record.body) != body:
         raise CatalogConflictError(f"catalog version {snapshot.version} is stored with other content")

@@ -172,9 +172,7 @@ def _record_batch(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> by
             dead_letter_count=_keep_dead_letters(batch.partition, sorted_out.dead_letters),
         )
         ensure_event_partitions((a.event for a in sorted_out.arrivals), now_us=time.time_ns() // 1000)
-        recorded = EventRecorder(catalog.attribution, origin).record(
-            sorted_out.arrivals, sorted_out.superseded
-        )
+        recorded = EventRecorder(catalog.attribution, origin).record(sorted_out.arrivals, sorted_out.superseded)
         sorted_out.book.write()
         failpoints.reach("after_sequences")
         is_regression = _is_regression(entries[0].stream_id.decode(), row.cursor, sorted_out.arrivals)
@@ -230,8 +228,7 @@ def _own_partition(partition: int, *, is_waiting: bool) -> Iterator[StreamPartit
     with connection.cursor() as cursor:
         # The stream is trimmed after COMMIT, so COMMIT must mean "on disk" whatever the server's default is.
         cursor.execute(
-            "SELECT set_config('synchronous_commit', 'on', true) "
-            "WHERE current_setting('synchronous_commit') = 'off'"
+            "SELECT set_config('synchronous_commit', 'on', true) WHERE current_setting('synchronous_commit') = 'off'"
         )
     yield row
 
@@ -254,9 +251,7 @@ def _keep_dead_letters(partition: int, entries: list[ReadEntry]) -> int:
     rows = []
     for entry in entries:
         assert isinstance(entry.content, Undecodable)
-        rows.append(
-            (entry.stream_id.decode(), entry.body, hashlib.sha256(entry.body).digest(), entry.content.error)
-        )
+        rows.append((entry.stream_id.decode(), entry.body, hashlib.sha256(entry.body).digest(), entry.content.error))
         logger.error("p%02d: entry %s is dead-lettered: %s", partition, rows[-1][0], entry.content.error)
     ids, bodies, hashes, errors = zip(*rows, strict=True)
     with connection.cursor() as cursor:

@@ -25,9 +25,7 @@ def ensure_event_partitions(events: Iterable[UsageEvent], *, now_us: int) -> lis
     transaction: attaching holds a lock that stops other makers of partitions until the transaction ends.
     """
     first_us, last_us = now_us - EVENT_AGE_DAYS_MAX * US_PER_DAY, now_us + EVENT_AHEAD_US_MAX
-    days = {
-        event.occurred_at_us // US_PER_DAY for event in events if first_us <= event.occurred_at_us <= last_us
-    }
+    days = {event.occurred_at_us // US_PER_DAY for event in events if first_us <= event.occurred_at_us <= last_us}
     return create_event_partitions(sorted(get_utc_day(day * US_PER_DAY) for day in days))
 
 

@@ -92,9 +92,7 @@ def import_usage_file(
     return result
 
 
-def _record(
-    batch: list[tuple[_Line, SourcedEvent]], result: ImportResult, rejects: _Rejects, is_dry_run: bool
-) -> None:
+def _record(batch: list[tuple[_Line, SourcedEvent]], result: ImportResult, rejects: _Rejects, is_dry_run: bool) -> None:
     if not batch:
         return
     sourced = [item for _, item in batch]

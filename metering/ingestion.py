@@ -141,13 +141,9 @@ class CatalogNames:
         ]
         if len(candidates) == 1:
             return candidates[0].upstream_id, candidates[0].provider_id
-        wanted = (
-            f"upstream {record.upstream!r}, provider {record.provider!r} of model {record.served_model!r}"
-        )
+        wanted = f"upstream {record.upstream!r}, provider {record.provider!r} of model {record.served_model!r}"
         if candidates:
-            raise UnattributableError(
-                "ambiguous_upstream", f"{wanted}: {len(candidates)} upstreams fit, name one"
-            )
+            raise UnattributableError("ambiguous_upstream", f"{wanted}: {len(candidates)} upstreams fit, name one")
         raise UnattributableError("unknown_upstream", f"{wanted}: there is none")
 
 

@@ -291,9 +291,7 @@ class QuarantinedEvent(models.Model):
         db_table = "metering_quarantined_event"
         ordering = ("-id",)
         indexes = [
-            models.Index(
-                fields=("reason", "id"), condition=models.Q(state="HELD"), name="metering_quarantine_held"
-            ),
+            models.Index(fields=("reason", "id"), condition=models.Q(state="HELD"), name="metering_quarantine_held"),
             models.Index(fields=("tenant_id", "counted_hour"), name="metering_quarantine_hour"),
         ]
         constraints = [

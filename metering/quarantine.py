@@ -32,14 +32,10 @@ class ReleaseResult:
     held: int = 0
 
     def __add__(self, other: ReleaseResult) -> ReleaseResult:
-        return ReleaseResult(
-            self.released + other.released, self.refused + other.refused, self.held + other.held
-        )
+        return ReleaseResult(self.released + other.released, self.refused + other.refused, self.held + other.held)
 
 
-def release_quarantined_events(
-    ids: Sequence[int] | None = None, *, actor_name: str, note: str
-) -> ReleaseResult:
+def release_quarantined_events(ids: Sequence[int] | None = None, *, actor_name: str, note: str) -> ReleaseResult:
     """Try held events again with today's catalog and record those that pass; all of them where `ids` is None.
 
     An event passes where its reason is gone; `sequence_reused` is no fault of the event's own, so releasing

@@ -122,9 +122,7 @@ _days = UsageDayFinder()
 class EventRecorder:
     """Records one batch. Use it inside a transaction, once."""
 
-    def __init__(
-        self, catalog: AttributionCatalog, origin: RecordingOrigin, *, is_key_required: bool = True
-    ) -> None:
+    def __init__(self, catalog: AttributionCatalog, origin: RecordingOrigin, *, is_key_required: bool = True) -> None:
         self._catalog = catalog
         self._origin = origin
         self._is_key_required = is_key_required
@@ -133,9 +131,7 @@ class EventRecorder:
         # Tenant and hour of the arrivals that are not counted where they say they happened, by position.
         self._counted_in: dict[int, tuple[int, int]] = {}
 
-    def record(
-        self, arrivals: Sequence[Arrival], superseded: Sequence[SupersededArrival] = ()
-    ) -> RecordingResult:
+    def record(self, arrivals: Sequence[Arrival], superseded: Sequence[SupersededArrival] = ()) -> RecordingResult:
         """Record the batch and return what became of each arrival.
 
         Partitions of the events' days must exist (`ensure_event_partitions`). Raises UnstorableEntryError
@@ -221,9 +217,7 @@ class EventRecorder:
         self._insert_conflicts(sorted(other - same), arrivals, result)
         self._hold_unseen(sorted(missing), arrivals, result)
 
-    def _hold_unseen(
-        self, positions: list[int], arrivals: Sequence[Arrival], result: RecordingResult
-    ) -> None:
+    def _hold_unseen(self, positions: list[int], arrivals: Sequence[Arrival], result: RecordingResult) -> None:
         """Replays whose call is not recorded: seen in another state, or another call under a used number."""
         known = list_known_states([(arrivals[p].event.call_id, _hash(arrivals[p].body)) for p in positions])
         unseen = []
@@ -260,9 +254,7 @@ class EventRecorder:
         self._insert_conflicts(conflicting, arrivals, result)
         self._insert_held(unseen, arrivals, result)
 
-    def _insert_conflicts(
-        self, positions: list[int], arrivals: Sequence[Arrival], result: RecordingResult
-    ) -> None:
+    def _insert_conflicts(self, positions: list[int], arrivals: Sequence[Arrival], result: RecordingResult) -> None:
         if not positions:
             return
         rows = [self._build_held_event(position, arrivals) for position in positions]
@@ -270,9 +262,7 @@ class EventRecorder:
         for position, row in zip(positions, rows, strict=True):
             is_new = row.identity in inserted
             inserted.discard(row.identity)
-            self._set_state(
-                position, ArrivalState.CONFLICT if is_new else ArrivalState.DUPLICATE, arrivals, result
-            )
+            self._set_state(position, ArrivalState.CONFLICT if is_new else ArrivalState.DUPLICATE, arrivals, result)
 
     def _insert_held(
         self,

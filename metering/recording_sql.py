@@ -52,9 +52,7 @@ FROM inserted GROUP BY 1, 2
 """
 
 # What two events must agree in to be the same event. Not the producer and number: those are of the delivery.
-_CONTENT_COLUMNS = [
-    name for name in _EVENT_COLUMNS if name not in ("call_id", "producer_id", "seq", "usage_on")
-]
+_CONTENT_COLUMNS = [name for name in _EVENT_COLUMNS if name not in ("call_id", "producer_id", "seq", "usage_on")]
 _CONTENT = "ROW({}) IS NOT DISTINCT FROM ROW({})".format(
     ", ".join(f"arriving.{column}" for column in _CONTENT_COLUMNS),
     ", ".join(f"event.{column}" for column in _CONTENT_COLUMNS),

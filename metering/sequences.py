@@ -56,9 +56,7 @@ class SequenceBook:
         rows = []
         for item in self._advanced:
             for gap in item.advance.opened:
-                rows.append(
-                    SequenceGap(producer=item.producer, first_seq=gap.first_seq, last_seq=gap.last_seq)
-                )
+                rows.append(SequenceGap(producer=item.producer, first_seq=gap.first_seq, last_seq=gap.last_seq))
             for change in item.advance.changes:
                 rows += _replace_gap(item.gap_rows[change.gap], change)
         SequenceGap.objects.bulk_create(rows)

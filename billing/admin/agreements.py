@@ -9,6 +9,7 @@ from unfold.decorators import display
 from billing.admin.catalog import ListedInline
 from billing.admin.configuration import ConfigurationAdmin
 from billing.admin.formats import format_bps
+from billing.admin.versions import EndableMixin
 from billing.models import Agreement, AgreementVersion
 
 
@@ -32,13 +33,17 @@ class AgreementVersionInline(ListedInline):
 
 @admin.register(Agreement)
 class AgreementAdmin(ConfigurationAdmin):
-    """Contracts with model owners."""
+    """Contracts with model owners. What the versions are clauses on is fixed once there is one."""
 
+    fixed_fields = ("slug",)
     list_display = ("slug", "name", "party", "covers")
     list_select_related = ("party", "language_model")
     search_fields = ("slug", "name", "party__name")
     autocomplete_fields = ("party", "language_model")
     inlines = (AgreementVersionInline,)
+
+    def list_used_fields(self, obj: Agreement) -> tuple[str, ...]:
+        return ("party", "language_model") if obj.versions.exists() else ()
 
     @display(description="covers")
     def covers(self, agreement: Agreement) -> str:
@@ -46,8 +51,8 @@ class AgreementAdmin(ConfigurationAdmin):
 
 
 @admin.register(AgreementVersion)
-class AgreementVersionAdmin(ConfigurationAdmin):
-    """Clauses for some days. They are added, never edited: shares of the past must be recomputable."""
+class AgreementVersionAdmin(EndableMixin, ConfigurationAdmin):
+    """Clauses for some days. They are added and ended, never edited: shares of the past must stay recomputable."""
 
     list_display = (
         "agreement",

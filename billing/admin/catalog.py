@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
+from django.db.models import Q
 from django.http import HttpRequest
 from unfold.admin import TabularInline
 from unfold.contrib.filters.admin import RelatedDropdownFilter
@@ -12,6 +13,7 @@ from unfold.decorators import display
 
 from billing.admin.configuration import ConfigurationAdmin
 from billing.models import LanguageModel, Provider, ServedModel, Upstream
+from billing.selectors.usage import has_usage
 
 
 class ListedInline(TabularInline):
@@ -61,6 +63,7 @@ class UpstreamInline(ListedInline):
 class LanguageModelAdmin(ConfigurationAdmin):
     """Releases by an owner; the lineage decides who shares in the revenue."""
 
+    fixed_fields = ("slug",)
     list_display = ("slug", "name", "owner", "lineage", "license_name", "context_tokens_max")
     list_select_related = ("owner", "base_model__owner")
     list_filter = (("owner", RelatedDropdownFilter),)
@@ -68,6 +71,11 @@ class LanguageModelAdmin(ConfigurationAdmin):
     search_fields = ("slug", "name", "owner__name")
     autocomplete_fields = ("owner", "base_model")
     inlines = (ServedModelInline, DerivedModelInline)
+
+    def list_used_fields(self, obj: LanguageModel) -> tuple[str, ...]:
+        lineage = Q(language_model=obj) | Q(language_model__base_model=obj)
+        served = ServedModel.objects.filter(lineage).values_list("pk", flat=True)
+        return ("owner", "base_model") if has_usage(served_model_ids=served) else ()
 
     @display(description="lineage")
     def lineage(self, model: LanguageModel) -> str:
@@ -79,6 +87,7 @@ class LanguageModelAdmin(ConfigurationAdmin):
 class ServedModelAdmin(ConfigurationAdmin):
     """The names that tenants ask for."""
 
+    fixed_fields = ("name",)
     list_display = ("name", "language_model", "context_tokens_max", "output_tokens_max", "is_active")
     list_select_related = ("language_model",)
     list_filter = ("is_active",)
@@ -86,11 +95,15 @@ class ServedModelAdmin(ConfigurationAdmin):
     autocomplete_fields = ("language_model",)
     inlines = (UpstreamInline,)
 
+    def list_used_fields(self, obj: ServedModel) -> tuple[str, ...]:
+        return ("language_model",) if has_usage(served_model_ids=[obj.pk]) else ()
+
 
 @admin.register(Upstream)
 class UpstreamAdmin(ConfigurationAdmin):
     """Deployments at providers. The credential is named by its environment variable and never stored."""
 
+    fixed_fields = ("slug",)
     list_display = (
         "slug",
         "served_model",
@@ -116,11 +129,15 @@ class UpstreamAdmin(ConfigurationAdmin):
         ),
     )
 
+    def list_used_fields(self, obj: Upstream) -> tuple[str, ...]:
+        return ("served_model", "provider", "price_book") if has_usage(upstream_ids=[obj.pk]) else ()
+
 
 @admin.register(Provider)
 class ProviderAdmin(ConfigurationAdmin):
     """Who runs GPUs and is paid for what they served."""
 
+    fixed_fields = ("party",)
     list_display = ("party", "party_name")
     list_select_related = ("party",)
     search_fields = ("party__slug", "party__name")

@@ -76,7 +76,6 @@ class SettlementPeriodAdmin(ReadOnlyAdmin):
         context = {
             **self.admin_site.each_context(request),
             "title": f"Close {period.period_start:%B %Y}",
-            "opts": self.model._meta,
             "period": period,
             "checks": checks,
             "red_count": sum(not check.is_green for check in checks),

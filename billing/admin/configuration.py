@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import messages
+from django.db import IntegrityError
 from django.forms import ModelForm
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
@@ -16,11 +17,23 @@ from billing.services.catalog import publish_catalog
 
 
 class ConfigurationAdmin(ModelAdmin):
-    """A table whose rows are added and changed here, and switched off or ended instead of deleted."""
+    """A table whose rows are added and changed here, and switched off or ended instead of deleted.
 
+    `fixed_fields` are names that other systems know: they are set once, when a row is added.
+    """
+
+    fixed_fields: tuple[str, ...] = ()
     list_filter_sheet = False
     warn_unsaved_form = True
     actions = None
+
+    def list_used_fields(self, obj: Any) -> tuple[str, ...]:
+        """Return the fields that past usage rests on: read-only, because shares and bills must stay recomputable."""
+        return ()
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
+        given = tuple(super().get_readonly_fields(request, obj))
+        return given if obj is None else (*given, *self.fixed_fields, *self.list_used_fields(obj))
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
@@ -30,8 +43,9 @@ class ConfigurationAdmin(ModelAdmin):
     ) -> HttpResponse:
         try:
             return super().changeform_view(request, object_id, form_url, extra_context)
-        except BillingError as error:  # the transaction of the save is rolled back
-            messages.error(request, str(error))
+        # The transaction of the save is rolled back, also where a guard of the database refused it.
+        except (BillingError, IntegrityError) as error:
+            messages.error(request, str(error).splitlines()[0])
             return redirect(request.get_full_path())
 
     def save_related(self, request: HttpRequest, form: ModelForm, formsets: Any, change: bool) -> None:

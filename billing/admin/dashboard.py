@@ -65,7 +65,7 @@ def build_dashboard(request: HttpRequest, context: dict[str, Any]) -> dict[str, 
         "charge_charts": _build_charge_charts(month, days),
         "tenants": _list_top_tenants(month, rates),
         "models": _list_model_margins(money, names, rates),
-        "changes": AuditRecord.objects.order_by("-id")[:ROWS_SHOWN_MAX] if may_see_audit else None,
+        "changes": _list_changes() if may_see_audit else None,
     }
 
 
@@ -339,3 +339,23 @@ def _list_model_margins(money: Sequence[ModelMoney], names: Mapping[int, str], r
             }
         )
     return sorted(shown, key=lambda one: -one["size"])[:ROWS_SHOWN_MAX]
+
+
+def _list_changes() -> list[dict[str, Any]]:
+    return [
+        {
+            "at": record.at,
+            "who": record.actor_name,
+            "what": record.action.replace("_", " "),
+            "which": record.detail.get("number") or record.detail.get("slug") or f"#{record.object_id}",
+            "link": _get_object_link(record),
+        }
+        for record in AuditRecord.objects.order_by("-id")[:ROWS_SHOWN_MAX]
+    ]
+
+
+def _get_object_link(record: AuditRecord) -> str | None:
+    try:
+        return reverse(f"admin:{record.object_type.replace('.', '_')}_change", args=[record.object_id])
+    except NoReverseMatch:
+        return None

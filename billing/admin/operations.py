@@ -61,7 +61,6 @@ def run_operation(
     context = {
         **model_admin.admin_site.each_context(request),
         "title": operation.title,
-        "opts": model_admin.model._meta,
         "operation": operation,
         "form": form,
         "back": back,

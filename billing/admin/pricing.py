@@ -95,6 +95,7 @@ class RateCardAdmin(EndableMixin, ConfigurationAdmin):
 class PriceBookAdmin(ConfigurationAdmin):
     """Sets of rate cards. Side and currency are fixed once there is a card."""
 
+    fixed_fields = ("slug",)
     list_display = ("slug", "name", "side_badge", "currency", "cards")
     list_filter = ("side", "currency")
     search_fields = ("slug", "name")
@@ -102,8 +103,8 @@ class PriceBookAdmin(ConfigurationAdmin):
     def get_queryset(self, request: HttpRequest) -> QuerySet[PriceBook]:
         return super().get_queryset(request).annotate(cards_count=Count("rate_cards"))
 
-    def get_readonly_fields(self, request: HttpRequest, obj: PriceBook | None = None) -> tuple[str, ...]:
-        return ("slug", "side", "currency") if obj and obj.cards_count else ()
+    def list_used_fields(self, obj: PriceBook) -> tuple[str, ...]:
+        return ("side", "currency") if obj.cards_count else ()
 
     @display(description="side", ordering="side", label={"TENANT": "success", "PROVIDER": "warning"})
     def side_badge(self, book: PriceBook) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from billing.admin.formats import format_bps, format_minor, render_number
 from billing.admin.limits import LIMIT_FIELDS, LimitsForm
 from billing.admin.operations import Operation, get_target, require_permission, run_operation
 from billing.models import Contract, Invoice, Party, PriceBook, Tenant
-from billing.selectors.catalog import has_usage
+from billing.selectors.usage import has_usage
 from billing.services.tenants import create_tenant
 
 PARTY_FIELDS = ("name", "email", "address", "country", "tax_id")
@@ -122,8 +122,9 @@ class TenantAdmin(ConfigurationAdmin):
         live = Q(api_keys__revoked_at=None)
         return super().get_queryset(request).annotate(live_keys_count=Count("api_keys", filter=live))
 
-    def get_readonly_fields(self, request: HttpRequest, obj: Tenant | None = None) -> tuple[str, ...]:
-        return ("currency", "timezone") if obj and has_usage(tenant_ids=[obj.pk]) else ()
+    def list_used_fields(self, obj: Tenant) -> tuple[str, ...]:
+        is_used = obj.contracts.exists() or has_usage(tenant_ids=[obj.pk])
+        return ("currency", "timezone") if is_used else ()
 
     def add_view(self, request: HttpRequest, form_url: str = "", extra_context: Any = None) -> HttpResponse:
         """Create a tenant with its party and its first contract."""
@@ -185,6 +186,7 @@ class TenantAdmin(ConfigurationAdmin):
 class PartyAdmin(ConfigurationAdmin):
     """Legal persons: tenants, providers, model owners, and the platform itself."""
 
+    fixed_fields = ("slug", "is_platform")
     list_display = ("slug", "name", "roles", "country", "tax_id", "email")
     list_select_related = ("tenant", "provider")
     search_fields = ("slug", "name", "email", "tax_id")
@@ -192,9 +194,6 @@ class PartyAdmin(ConfigurationAdmin):
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Party]:
         return super().get_queryset(request).annotate(models_count=Count("language_models"))
-
-    def get_readonly_fields(self, request: HttpRequest, obj: Party | None = None) -> tuple[str, ...]:
-        return ("slug", "is_platform") if obj else ()
 
     @display(description="roles", label=True)
     def roles(self, party: Party) -> list[str]:

@@ -170,9 +170,11 @@ def render_csv(document: InvoiceDocument) -> bytes:
     return output.getvalue().encode()
 
 
-def render_pdf(document: InvoiceDocument) -> bytes:
-    """Return the printed invoice; a draft says so across the page."""
-    return render_template("invoice.typ", _build_view(document), dated=document.issued_on or document.period_end)
+def render_pdf(document: InvoiceDocument, *, is_void: bool = False) -> bytes:
+    """Return the printed invoice; one that must not be paid, a draft or a void one, says so across the page."""
+    stamp = "void" if is_void else "" if document.number else "draft"
+    view = _build_view(document) | {"stamp": stamp}
+    return render_template("invoice.typ", view, dated=document.issued_on or document.period_end)
 
 
 def _build(invoice: Invoice, platform: PartyBlock) -> InvoiceDocument:
@@ -231,7 +233,6 @@ def _build_view(document: InvoiceDocument) -> dict[str, Any]:
     ]
     return {
         "number": document.number,
-        "is_draft": not document.number,
         "issuer": build_party_view(document.issuer),
         "tenant": build_party_view(document.tenant),
         "currency": currency,

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import batched
 from pathlib import Path
 
 from billing.core.errors import WrongStateError
@@ -33,24 +34,24 @@ def write_period_documents(month: Month, out_dir: Path, *, progress: Progress | 
     `progress` is called with (documents written, documents in all). Raises WrongStateError where the month has no
     finalized invoice and no final statement, or where `out_dir` holds a file that this export would not write.
     """
-    invoice_ids = list(
-        Invoice.objects.filter(period_start=month.start, number__isnull=False)
+    invoices = dict(
+        Invoice.objects.filter(period_start__gte=month.start, period_start__lt=month.end, number__isnull=False)
         .order_by("series", "number")
-        .values_list("pk", flat=True)
+        .values_list("pk", "status")
     )
     statement_ids = list(
         Statement.objects.filter(period_start=month.start, is_final=True)
         .order_by("kind", "party__slug", "currency")
         .values_list("pk", flat=True)
     )
-    if not invoice_ids and not statement_ids:
+    if not invoices and not statement_ids:
         raise WrongStateError(f"{month} has no final document: close it with close_period first")
     foreign = _list_foreign_files(out_dir, month)
     if foreign:
         raise WrongStateError(f"{out_dir} holds {foreign[0]}, which is not of {month}: name an empty folder")
-    total = len(invoice_ids) + len(statement_ids)
+    total = len(invoices) + len(statement_ids)
     written: dict[str, bytes] = {}
-    for done, files in enumerate(_render_all(invoice_ids, statement_ids), start=1):
+    for done, files in enumerate(_render_all(invoices, statement_ids), start=1):
         for name, data in files.items():
             written[name] = data
             _write(out_dir / name, data)
@@ -63,19 +64,21 @@ def write_period_documents(month: Month, out_dir: Path, *, progress: Progress | 
     return [out_dir / name for name in [*written, MANIFEST]]
 
 
-def _render_all(invoice_ids: list[int], statement_ids: list[int]) -> Iterator[dict[str, bytes]]:
-    """Yield the files of one document at a time, read in batches."""
-    for start in range(0, len(invoice_ids), BATCH):
-        documents = invoice_document.build_invoice_documents(invoice_ids[start : start + BATCH])
-        for document in sorted(documents.values(), key=lambda document: document.number):
+def _render_all(invoices: dict[int, str], statement_ids: list[int]) -> Iterator[dict[str, bytes]]:
+    """Yield the files of one document at a time, read in batches; `invoices` are statuses by id."""
+    for ids in batched(invoices, BATCH):
+        documents = invoice_document.build_invoice_documents(ids)
+        for pk in ids:
+            document = documents[pk]
+            is_void = invoices[pk] == Invoice.Status.VOID
             stem = f"invoices/{document.number}"
             yield {
-                f"{stem}.pdf": invoice_document.render_pdf(document),
+                f"{stem}.pdf": invoice_document.render_pdf(document, is_void=is_void),
                 f"{stem}.csv": invoice_document.render_csv(document),
                 f"{stem}.json": invoice_document.to_canonical_json(document),
             }
-    for start in range(0, len(statement_ids), BATCH):
-        statements = statement_document.build_statement_documents(statement_ids[start : start + BATCH])
+    for ids in batched(statement_ids, BATCH):
+        statements = statement_document.build_statement_documents(ids)
         for statement in sorted(statements.values(), key=lambda statement: statement.number):
             stem = f"{STATEMENT_FOLDERS[Statement.Kind(statement.kind)]}/{statement.number}"
             yield {

@@ -256,7 +256,7 @@ def _build_view(document: StatementDocument) -> dict[str, Any]:
     build_line = _build_provider_line if document.kind == PROVIDER else _build_owner_line
     return {
         "number": document.number,
-        "is_draft": not document.is_final,
+        "stamp": "" if document.is_final else "draft",
         "is_provider": document.kind == PROVIDER,
         "issuer": build_party_view(document.issuer),
         "party": build_party_view(document.party),

@@ -28,9 +28,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "slug",
@@ -56,9 +54,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("slug", models.CharField(max_length=80, unique=True)),
             ],
@@ -71,16 +67,12 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("effective_from", models.DateField()),
                 (
                     "effective_to",
-                    models.DateField(
-                        blank=True, help_text="first day on which it no longer applies", null=True
-                    ),
+                    models.DateField(blank=True, help_text="first day on which it no longer applies", null=True),
                 ),
             ],
             options={
@@ -125,9 +117,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "slug",
@@ -155,9 +145,7 @@ class Migration(migrations.Migration):
                     models.CharField(
                         max_length=3,
                         validators=[
-                            django.core.validators.RegexValidator(
-                                "^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD"
-                            )
+                            django.core.validators.RegexValidator("^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
                         ],
                     ),
                 ),
@@ -171,16 +159,12 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("effective_from", models.DateField()),
                 (
                     "effective_to",
-                    models.DateField(
-                        blank=True, help_text="first day on which it no longer applies", null=True
-                    ),
+                    models.DateField(blank=True, help_text="first day on which it no longer applies", null=True),
                 ),
                 ("version", models.PositiveIntegerField()),
                 (
@@ -208,9 +192,7 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "deductions_cap_bps",
-                    models.PositiveIntegerField(
-                        blank=True, help_text="most that may be deducted, of gross", null=True
-                    ),
+                    models.PositiveIntegerField(blank=True, help_text="most that may be deducted, of gross", null=True),
                 ),
                 ("royalty_rate_bps", models.PositiveIntegerField()),
                 ("derived_royalty_rate_bps", models.PositiveIntegerField(blank=True, null=True)),
@@ -232,21 +214,15 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "at",
-                    models.DateTimeField(
-                        db_default=django.db.models.functions.datetime.Now(), editable=False
-                    ),
+                    models.DateTimeField(db_default=django.db.models.functions.datetime.Now(), editable=False),
                 ),
                 (
                     "actor_name",
-                    models.CharField(
-                        help_text="the user's name, or the command or task that acted", max_length=150
-                    ),
+                    models.CharField(help_text="the user's name, or the command or task that acted", max_length=150),
                 ),
                 ("action", models.CharField(max_length=60)),
                 ("object_type", models.CharField(max_length=60)),
@@ -272,18 +248,14 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "base_currency",
                     models.CharField(
                         max_length=3,
                         validators=[
-                            django.core.validators.RegexValidator(
-                                "^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD"
-                            )
+                            django.core.validators.RegexValidator("^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
                         ],
                     ),
                 ),
@@ -292,9 +264,7 @@ class Migration(migrations.Migration):
                     models.CharField(
                         max_length=3,
                         validators=[
-                            django.core.validators.RegexValidator(
-                                "^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD"
-                            )
+                            django.core.validators.RegexValidator("^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
                         ],
                     ),
                 ),
@@ -308,9 +278,7 @@ class Migration(migrations.Migration):
                     models.UniqueConstraint(
                         fields=("base_currency", "quote_currency", "on"), name="exchange_rate_one_per_day"
                     ),
-                    models.CheckConstraint(
-                        condition=models.Q(("rate__gt", 0)), name="exchange_rate_positive"
-                    ),
+                    models.CheckConstraint(condition=models.Q(("rate__gt", 0)), name="exchange_rate_positive"),
                 ],
             },
         ),
@@ -319,9 +287,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("kind", models.CharField(help_text="name of the posting rule", max_length=40)),
                 ("description", models.CharField(max_length=300)),
@@ -329,15 +295,11 @@ class Migration(migrations.Migration):
                 ("occurred_at", models.DateTimeField(help_text="when the cause happened")),
                 (
                     "posted_at",
-                    models.DateTimeField(
-                        db_default=django.db.models.functions.datetime.Now(), editable=False
-                    ),
+                    models.DateTimeField(db_default=django.db.models.functions.datetime.Now(), editable=False),
                 ),
                 (
                     "origin_period",
-                    models.CharField(
-                        blank=True, help_text="YYYY-MM, where it corrects a closed period", max_length=7
-                    ),
+                    models.CharField(blank=True, help_text="YYYY-MM, where it corrects a closed period", max_length=7),
                 ),
                 (
                     "book",
@@ -368,9 +330,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "status",
@@ -392,9 +352,7 @@ class Migration(migrations.Migration):
                     models.CharField(
                         max_length=3,
                         validators=[
-                            django.core.validators.RegexValidator(
-                                "^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD"
-                            )
+                            django.core.validators.RegexValidator("^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
                         ],
                     ),
                 ),
@@ -413,9 +371,7 @@ class Migration(migrations.Migration):
                 ("finalized_at", models.DateTimeField(blank=True, null=True)),
                 (
                     "canonical_sha256",
-                    models.CharField(
-                        blank=True, help_text="SHA-256 of the canonical JSON document", max_length=64
-                    ),
+                    models.CharField(blank=True, help_text="SHA-256 of the canonical JSON document", max_length=64),
                 ),
                 (
                     "contract",
@@ -455,17 +411,13 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("key", models.CharField(max_length=200)),
                 ("payload_sha256", models.BinaryField(max_length=32)),
                 (
                     "book",
-                    models.ForeignKey(
-                        on_delete=django.db.models.deletion.PROTECT, related_name="+", to="billing.book"
-                    ),
+                    models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name="+", to="billing.book"),
                 ),
                 (
                     "journal_entry",
@@ -482,9 +434,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "slug",
@@ -503,9 +453,7 @@ class Migration(migrations.Migration):
                 ("license_name", models.CharField(max_length=200)),
                 (
                     "attribution",
-                    models.CharField(
-                        blank=True, help_text="text that the license obliges us to show", max_length=200
-                    ),
+                    models.CharField(blank=True, help_text="text that the license obliges us to show", max_length=200),
                 ),
                 ("derived_name_prefix", models.CharField(blank=True, max_length=40)),
                 (
@@ -551,9 +499,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "slug",
@@ -615,9 +561,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "party",
@@ -637,16 +581,12 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("effective_from", models.DateField()),
                 (
                     "effective_to",
-                    models.DateField(
-                        blank=True, help_text="first day on which it no longer applies", null=True
-                    ),
+                    models.DateField(blank=True, help_text="first day on which it no longer applies", null=True),
                 ),
                 (
                     "source",
@@ -671,9 +611,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "token_kind",
@@ -707,9 +645,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("name", models.CharField(max_length=200, unique=True)),
                 (
@@ -749,9 +685,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("position", models.PositiveIntegerField()),
                 (
@@ -813,9 +747,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("period_start", models.DateField(unique=True)),
                 ("period_end", models.DateField()),
@@ -849,9 +781,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("name", models.CharField(max_length=60)),
                 (
@@ -878,9 +808,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "kind",
@@ -894,9 +822,7 @@ class Migration(migrations.Migration):
                     models.CharField(
                         max_length=3,
                         validators=[
-                            django.core.validators.RegexValidator(
-                                "^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD"
-                            )
+                            django.core.validators.RegexValidator("^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
                         ],
                     ),
                 ),
@@ -923,9 +849,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("amount_minor", models.BigIntegerField()),
                 (
@@ -982,9 +906,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("requests_per_minute", models.PositiveIntegerField(blank=True, null=True)),
                 ("tokens_per_minute", models.PositiveBigIntegerField(blank=True, null=True)),
@@ -995,9 +917,7 @@ class Migration(migrations.Migration):
                     models.CharField(
                         max_length=3,
                         validators=[
-                            django.core.validators.RegexValidator(
-                                "^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD"
-                            )
+                            django.core.validators.RegexValidator("^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
                         ],
                     ),
                 ),
@@ -1034,18 +954,14 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "currency",
                     models.CharField(
                         max_length=3,
                         validators=[
-                            django.core.validators.RegexValidator(
-                                "^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD"
-                            )
+                            django.core.validators.RegexValidator("^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
                         ],
                     ),
                 ),
@@ -1141,9 +1057,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("requests_per_minute", models.PositiveIntegerField(blank=True, null=True)),
                 ("tokens_per_minute", models.PositiveBigIntegerField(blank=True, null=True)),
@@ -1194,9 +1108,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "slug",
@@ -1232,9 +1144,7 @@ class Migration(migrations.Migration):
                 ("has_continuous_usage", models.BooleanField(default=False)),
                 (
                     "on_client_abort",
-                    models.CharField(
-                        choices=[("abort", "abort"), ("drain", "drain")], default="abort", max_length=5
-                    ),
+                    models.CharField(choices=[("abort", "abort"), ("drain", "drain")], default="abort", max_length=5),
                 ),
                 ("is_active", models.BooleanField(default=True)),
                 (
@@ -1271,9 +1181,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("position", models.PositiveIntegerField()),
                 ("description", models.CharField(max_length=300)),
@@ -1333,9 +1241,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name="agreementversion",
-            constraint=models.UniqueConstraint(
-                fields=("agreement", "version"), name="agreement_version_once"
-            ),
+            constraint=models.UniqueConstraint(fields=("agreement", "version"), name="agreement_version_once"),
         ),
         migrations.AddConstraint(
             model_name="agreementversion",
@@ -1442,9 +1348,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name="invoiceline",
-            constraint=models.UniqueConstraint(
-                fields=("invoice", "position"), name="invoice_line_position_once"
-            ),
+            constraint=models.UniqueConstraint(fields=("invoice", "position"), name="invoice_line_position_once"),
         ),
         migrations.AddConstraint(
             model_name="statement",
@@ -1508,9 +1412,7 @@ class Migration(migrations.Migration):
             constraint=models.CheckConstraint(
                 condition=models.Q(
                     ("status", "DRAFT"),
-                    models.Q(
-                        ("finalized_at__isnull", False), ("number__isnull", False), ("series__isnull", False)
-                    ),
+                    models.Q(("finalized_at__isnull", False), ("number__isnull", False), ("series__isnull", False)),
                     _connector="OR",
                 ),
                 name="invoice_numbered_unless_draft",
@@ -1574,8 +1476,6 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name="statementline",
-            constraint=models.UniqueConstraint(
-                fields=("statement", "position"), name="statement_line_position_once"
-            ),
+            constraint=models.UniqueConstraint(fields=("statement", "position"), name="statement_line_position_once"),
         ),
     ]

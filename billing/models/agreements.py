@@ -18,9 +18,7 @@ class Agreement(models.Model):
     slug = models.CharField(max_length=63, unique=True, validators=[SLUG])
     name = models.CharField(max_length=200)
     party = models.ForeignKey(Party, models.PROTECT, related_name="agreements")
-    language_model = models.ForeignKey(
-        LanguageModel, models.PROTECT, null=True, blank=True, related_name="agreements"
-    )
+    language_model = models.ForeignKey(LanguageModel, models.PROTECT, null=True, blank=True, related_name="agreements")
 
     class Meta:
         ordering = ("slug",)

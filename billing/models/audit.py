@@ -11,12 +11,8 @@ class AuditRecord(models.Model):
     """One act of a person or a process on one object."""
 
     at = models.DateTimeField(db_default=Now(), editable=False)
-    actor = models.ForeignKey(
-        settings.AUTH_USER_MODEL, models.PROTECT, null=True, blank=True, related_name="+"
-    )
-    actor_name = models.CharField(
-        max_length=150, help_text="the user's name, or the command or task that acted"
-    )
+    actor = models.ForeignKey(settings.AUTH_USER_MODEL, models.PROTECT, null=True, blank=True, related_name="+")
+    actor_name = models.CharField(max_length=150, help_text="the user's name, or the command or task that acted")
     action = models.CharField(max_length=60)
     object_type = models.CharField(max_length=60)
     object_id = models.CharField(max_length=80)

@@ -14,13 +14,9 @@ class LanguageModel(models.Model):
     slug = models.CharField(max_length=63, unique=True, validators=[SLUG])
     name = models.CharField(max_length=200)
     owner = models.ForeignKey(Party, models.PROTECT, related_name="language_models")
-    base_model = models.ForeignKey(
-        "self", models.PROTECT, null=True, blank=True, related_name="derived_models"
-    )
+    base_model = models.ForeignKey("self", models.PROTECT, null=True, blank=True, related_name="derived_models")
     license_name = models.CharField(max_length=200)
-    attribution = models.CharField(
-        max_length=200, blank=True, help_text="text that the license obliges us to show"
-    )
+    attribution = models.CharField(max_length=200, blank=True, help_text="text that the license obliges us to show")
     derived_name_prefix = models.CharField(max_length=40, blank=True)
     context_tokens_max = models.PositiveIntegerField(validators=[POSITIVE])
     chat_template = models.CharField(
@@ -78,9 +74,7 @@ class Upstream(models.Model):
     weight = models.PositiveSmallIntegerField(default=1, validators=[POSITIVE])
     timeout_ms = models.PositiveIntegerField(default=600_000, validators=[POSITIVE])
     has_continuous_usage = models.BooleanField(default=False)
-    on_client_abort = models.CharField(
-        max_length=5, default="abort", choices=[("abort", "abort"), ("drain", "drain")]
-    )
+    on_client_abort = models.CharField(max_length=5, default="abort", choices=[("abort", "abort"), ("drain", "drain")])
     is_active = models.BooleanField(default=True)
 
     class Meta:

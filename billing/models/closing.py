@@ -18,9 +18,7 @@ class SettlementPeriod(models.Model):
     period_end = models.DateField()
     status = models.CharField(max_length=11, choices=Status, default=Status.OPEN)
     closed_at = models.DateTimeField(null=True, blank=True)
-    closed_by = models.ForeignKey(
-        settings.AUTH_USER_MODEL, models.PROTECT, null=True, blank=True, related_name="+"
-    )
+    closed_by = models.ForeignKey(settings.AUTH_USER_MODEL, models.PROTECT, null=True, blank=True, related_name="+")
     digest_sha256 = models.CharField(max_length=64, blank=True)
 
     class Meta:

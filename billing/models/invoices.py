@@ -60,12 +60,8 @@ class Invoice(models.Model):
     issued_on = models.DateField(null=True, blank=True)
     due_on = models.DateField(null=True, blank=True)
     finalized_at = models.DateTimeField(null=True, blank=True)
-    canonical_sha256 = models.CharField(
-        max_length=64, blank=True, help_text="SHA-256 of the canonical JSON document"
-    )
-    journal_entry = models.OneToOneField(
-        JournalEntry, models.PROTECT, null=True, blank=True, related_name="invoice"
-    )
+    canonical_sha256 = models.CharField(max_length=64, blank=True, help_text="SHA-256 of the canonical JSON document")
+    journal_entry = models.OneToOneField(JournalEntry, models.PROTECT, null=True, blank=True, related_name="invoice")
 
     class Meta:
         ordering = ("-period_start", "tenant")
@@ -74,12 +70,9 @@ class Invoice(models.Model):
             models.CheckConstraint(
                 condition=Q(total_minor=F("subtotal_minor") + F("tax_minor")), name="invoice_total_exact"
             ),
+            models.CheckConstraint(condition=Q(period_end__gt=F("period_start")), name="invoice_period_in_order"),
             models.CheckConstraint(
-                condition=Q(period_end__gt=F("period_start")), name="invoice_period_in_order"
-            ),
-            models.CheckConstraint(
-                condition=Q(status="DRAFT")
-                | Q(number__isnull=False, series__isnull=False, finalized_at__isnull=False),
+                condition=Q(status="DRAFT") | Q(number__isnull=False, series__isnull=False, finalized_at__isnull=False),
                 name="invoice_numbered_unless_draft",
             ),
             ExclusionConstraint(
@@ -122,9 +115,7 @@ class InvoiceLine(models.Model):
     position = models.PositiveIntegerField()
     category = models.CharField(max_length=10, choices=Category, default=Category.USAGE)
     served_model = models.ForeignKey(ServedModel, models.PROTECT, null=True, blank=True, related_name="+")
-    token_kind = models.CharField(
-        max_length=20, blank=True, choices=[(kind.value, kind.value) for kind in TokenKind]
-    )
+    token_kind = models.CharField(max_length=20, blank=True, choices=[(kind.value, kind.value) for kind in TokenKind])
     description = models.CharField(max_length=300)
     rate_card = models.ForeignKey(RateCard, models.PROTECT, null=True, blank=True, related_name="+")
     quantity_tokens = models.BigIntegerField(default=0)
@@ -137,9 +128,7 @@ class InvoiceLine(models.Model):
 
     class Meta:
         ordering = ("invoice", "position")
-        constraints = (
-            models.UniqueConstraint(fields=("invoice", "position"), name="invoice_line_position_once"),
-        )
+        constraints = (models.UniqueConstraint(fields=("invoice", "position"), name="invoice_line_position_once"),)
 
     def __str__(self) -> str:
         return self.description

@@ -9,9 +9,7 @@ from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator, RegexValidator
 from django.db import models
 
-SLUG = RegexValidator(
-    r"^[a-z0-9][a-z0-9._-]{0,62}$", "use lower-case letters, digits, '.', '_' and '-' (63 at most)"
-)
+SLUG = RegexValidator(r"^[a-z0-9][a-z0-9._-]{0,62}$", "use lower-case letters, digits, '.', '_' and '-' (63 at most)")
 CURRENCY = RegexValidator(r"^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
 
 
@@ -67,9 +65,7 @@ class Tenant(LimitedTable):
     is_active = models.BooleanField(default=True)
     is_prepaid = models.BooleanField(default=False)
     payment_days = models.PositiveSmallIntegerField(default=30)
-    tax_rate_bps = models.PositiveIntegerField(
-        default=0, help_text="sales tax or VAT in basis points, e.g. 600 = 6 %"
-    )
+    tax_rate_bps = models.PositiveIntegerField(default=0, help_text="sales tax or VAT in basis points, e.g. 600 = 6 %")
     tax_name = models.CharField(max_length=40, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -99,9 +95,7 @@ class ApiKey(LimitedTable):
     public_id = models.CharField(max_length=16, unique=True, editable=False)
     key_hash = models.BinaryField(max_length=32, unique=True, editable=False)
     name = models.CharField(max_length=100, blank=True)
-    served_models = ArrayField(
-        models.CharField(max_length=200), null=True, blank=True, help_text="empty: all"
-    )
+    served_models = ArrayField(models.CharField(max_length=200), null=True, blank=True, help_text="empty: all")
     endpoints = ArrayField(models.CharField(max_length=40), null=True, blank=True, help_text="empty: all")
     created_at = models.DateTimeField(auto_now_add=True)
     expires_at = models.DateTimeField(null=True, blank=True)

@@ -30,9 +30,7 @@ class Statement(models.Model):
     class Meta:
         ordering = ("-period_start", "kind", "party", "currency")
         constraints = (
-            models.UniqueConstraint(
-                fields=("kind", "party", "currency", "period_start"), name="statement_once"
-            ),
+            models.UniqueConstraint(fields=("kind", "party", "currency", "period_start"), name="statement_once"),
         )
 
     def __str__(self) -> str:
@@ -52,24 +50,18 @@ class StatementLine(models.Model):
     served_model = models.ForeignKey(ServedModel, models.PROTECT, related_name="+")
     upstream = models.ForeignKey(Upstream, models.PROTECT, null=True, blank=True, related_name="+")
     tenant = models.ForeignKey(Tenant, models.PROTECT, null=True, blank=True, related_name="+")
-    agreement_version = models.ForeignKey(
-        AgreementVersion, models.PROTECT, null=True, blank=True, related_name="+"
-    )
+    agreement_version = models.ForeignKey(AgreementVersion, models.PROTECT, null=True, blank=True, related_name="+")
     description = models.CharField(max_length=300)
     inputs = models.JSONField()
     amount_unrounded = models.DecimalField(max_digits=56, decimal_places=24)
     amount_minor = models.BigIntegerField()
     # What the ledger has accrued for the line, in 9 decimals; the rest up to `amount_minor` is rounding.
     accrued_amount = models.DecimalField(max_digits=38, decimal_places=9, default=0, editable=False)
-    origin_period = models.CharField(
-        max_length=7, blank=True, help_text="YYYY-MM, where it adjusts a closed period"
-    )
+    origin_period = models.CharField(max_length=7, blank=True, help_text="YYYY-MM, where it adjusts a closed period")
 
     class Meta:
         ordering = ("statement", "position")
-        constraints = (
-            models.UniqueConstraint(fields=("statement", "position"), name="statement_line_position_once"),
-        )
+        constraints = (models.UniqueConstraint(fields=("statement", "position"), name="statement_line_position_once"),)
 
     def __str__(self) -> str:
         return self.description

@@ -28,9 +28,7 @@ class DatedTable(models.Model):
     """A version that applies on days of `[effective_from, effective_to)`."""
 
     effective_from = models.DateField()
-    effective_to = models.DateField(
-        null=True, blank=True, help_text="first day on which it no longer applies"
-    )
+    effective_to = models.DateField(null=True, blank=True, help_text="first day on which it no longer applies")
 
     class Meta:
         abstract = True
@@ -121,9 +119,7 @@ class ExchangeRate(models.Model):
     class Meta:
         ordering = ("-on",)
         constraints = (
-            models.UniqueConstraint(
-                fields=("base_currency", "quote_currency", "on"), name="exchange_rate_one_per_day"
-            ),
+            models.UniqueConstraint(fields=("base_currency", "quote_currency", "on"), name="exchange_rate_one_per_day"),
             models.CheckConstraint(condition=Q(rate__gt=0), name="exchange_rate_positive"),
         )
 

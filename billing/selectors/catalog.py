@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import zoneinfo
-from collections.abc import Iterable
 from decimal import Decimal
 
 from django.db.models import Q, QuerySet
@@ -21,9 +20,10 @@ from billing.models import (
     RateCard,
     ServedModel,
 )
+from billing.selectors.usage import has_usage
 from gateway.contract import catalog_snapshot
 from gateway.contract.catalog_snapshot import CatalogSnapshot
-from metering.models import CatalogSnapshotRecord, UsageRollup
+from metering.models import CatalogSnapshotRecord
 
 
 def get_stored_snapshot() -> CatalogSnapshot | None:
@@ -44,30 +44,6 @@ def list_effective_rate_cards(on: dt.date, *, side: str) -> QuerySet[RateCard]:
 def list_effective_contracts(on: dt.date) -> QuerySet[Contract]:
     """Return the contracts that apply on a day: at most one per tenant."""
     return Contract.objects.filter(_applies(on)).order_by("tenant_id")
-
-
-def has_usage(
-    start: dt.date | None = None,
-    end: dt.date | None = None,
-    *,
-    tenant_ids: Iterable[int] | None = None,
-    served_model_ids: Iterable[int] | None = None,
-    upstream_ids: Iterable[int] | None = None,
-) -> bool:
-    """Return whether any call was recorded on days of `[start, end)`; None leaves a side open or a filter out."""
-    rollups = UsageRollup.objects.all()
-    if start is not None:
-        rollups = rollups.filter(usage_on__gte=start)
-    if end is not None:
-        rollups = rollups.filter(usage_on__lt=end)
-    for name, ids in (
-        ("tenant_id", tenant_ids),
-        ("served_model_id", served_model_ids),
-        ("upstream_id", upstream_ids),
-    ):
-        if ids is not None:
-            rollups = rollups.filter(**{f"{name}__in": list(ids)})
-    return rollups.exists()
 
 
 def has_rated_usage(card: RateCard, start: dt.date, end: dt.date | None) -> bool:

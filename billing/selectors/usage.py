@@ -70,6 +70,30 @@ def list_usage_months(start: date, end: date) -> list[Month]:
     return [Month.of(day) for day in days.dates("usage_on", "month")]
 
 
+def has_usage(
+    start: date | None = None,
+    end: date | None = None,
+    *,
+    tenant_ids: Iterable[int] | None = None,
+    served_model_ids: Iterable[int] | None = None,
+    upstream_ids: Iterable[int] | None = None,
+) -> bool:
+    """Return whether any call was recorded on days of `[start, end)`; None leaves a side open or a filter out."""
+    rollups = UsageRollup.objects.all()
+    if start is not None:
+        rollups = rollups.filter(usage_on__gte=start)
+    if end is not None:
+        rollups = rollups.filter(usage_on__lt=end)
+    for name, ids in (
+        ("tenant_id", tenant_ids),
+        ("served_model_id", served_model_ids),
+        ("upstream_id", upstream_ids),
+    ):
+        if ids is not None:
+            rollups = rollups.filter(**{f"{name}__in": list(ids)})
+    return rollups.exists()
+
+
 def list_used_zones(start: date, end: date) -> list[str]:
     """Return the IANA zones of the tenants that used anything on days `[start, end)`."""
     used = UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end).order_by().values("tenant_id").distinct()

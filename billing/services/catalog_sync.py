@@ -30,7 +30,8 @@ from billing.models import (
     Tenant,
     Upstream,
 )
-from billing.selectors.catalog import has_rated_usage, has_usage
+from billing.selectors.catalog import has_rated_usage
+from billing.selectors.usage import has_usage
 from billing.services.audit import record_audit
 
 # Whether usage fell on days of `[start, end)` of a version.

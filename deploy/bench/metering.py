@@ -113,9 +113,7 @@ def measure(options: argparse.Namespace, postgres: EmbeddedPostgres, folder: Pat
     recorded = UsageEvent.objects.count() - options.preload
     entries = options.events + duplicates
     assert sum(result["entries"] for result in results) == entries
-    copy_s, _, _, _ = run_processes(
-        [["--copy", str(path)] for path in sorted(folder.glob("rows-*"))], postgres
-    )
+    copy_s, _, _, _ = run_processes([["--copy", str(path)] for path in sorted(folder.glob("rows-*"))], postgres)
     return Measurement(
         events=options.events,
         duplicates=duplicates,
@@ -152,8 +150,7 @@ def build_catalog(partition_count: int) -> Any:
             for t in range(1, TENANTS + 1)
         ),
         api_keys=tuple(
-            ApiKeyRecord(api_key_id=t, tenant_id=t, public_id=f"k{t}", key_hash=b"")
-            for t in range(1, TENANTS + 1)
+            ApiKeyRecord(api_key_id=t, tenant_id=t, public_id=f"k{t}", key_hash=b"") for t in range(1, TENANTS + 1)
         ),
         served_models=tuple(
             ServedModelRecord(

@@ -134,7 +134,5 @@ def from_wire(data: bytes) -> CatalogSnapshot:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SnapshotDecodeError(str(error)) from error
     if snapshot.schema_version > SNAPSHOT_SCHEMA_VERSION:
-        raise SnapshotDecodeError(
-            f"snapshot schema {snapshot.schema_version} is newer than {SNAPSHOT_SCHEMA_VERSION}"
-        )
+        raise SnapshotDecodeError(f"snapshot schema {snapshot.schema_version} is newer than {SNAPSHOT_SCHEMA_VERSION}")
     return snapshot

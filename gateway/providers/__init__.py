@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from gateway.providers.azure_ai import AzureAI
 from gateway.providers.base import Provider, UnknownProviderKindError
+from gateway.providers.llama_server import LlamaServer
 from gateway.providers.openai_compatible import OpenAICompatible
 from gateway.providers.sandbox import Sandbox
 from gateway.providers.vllm import Vllm
 
-_PROVIDERS: dict[str, Provider] = {provider.kind: provider for provider in (OpenAICompatible(), Vllm(), Sandbox())}
+_KINDS: tuple[Provider, ...] = (OpenAICompatible(), Vllm(), Sandbox(), LlamaServer(), AzureAI())
+_PROVIDERS = {provider.kind: provider for provider in _KINDS}
 
 
 def get_provider(kind: str) -> Provider:

@@ -85,6 +85,7 @@ class OpenAIStreamMeter:
         "_context_tokens_max",
         "_error",
         "_final",
+        "_final_count",
         "_finish_reason",
         "_finished_with_usage",
         "_has_end",
@@ -116,6 +117,7 @@ class OpenAIStreamMeter:
         self._splitter = FrameSplitter()
         self._transcript = Transcript()
         self._final: ReportedUsage | None = None
+        self._final_count = 0
         self._by_choice: dict[int, ReportedUsage] = {}
         self._finished_with_usage = False
         self._is_continuous = False
@@ -250,6 +252,7 @@ class OpenAIStreamMeter:
         if not choices:
             total = self._final
             self._final = _add_choice(total, reported) if total and self._sums_final_usage else reported
+            self._final_count += 1
             self.last_usage = self._final
         else:
             for choice in choices:
@@ -265,6 +268,8 @@ class OpenAIStreamMeter:
     def _settle_usage(self) -> ReportedUsage | None:
         """Return the usage that covers all that was relayed, or None."""
         if self.last_usage is None or self._transcript.has_text_since_mark():
+            return None
+        if self._sums_final_usage and self._final_count < self._choices_count:
             return None
         usage = self.last_usage
         if usage.output_tokens == 0 and not self._transcript.build_emitted().is_empty:

@@ -80,9 +80,7 @@ def build_rollup_key(event: UsageEvent, zone: tzinfo) -> RollupKey:
     )
 
 
-def compute_rollups(
-    events: Iterable[UsageEvent], get_zone: Callable[[int], tzinfo]
-) -> dict[RollupKey, UsageSums]:
+def compute_rollups(events: Iterable[UsageEvent], get_zone: Callable[[int], tzinfo]) -> dict[RollupKey, UsageSums]:
     """Return the sums of each cell; events with the same call id count once."""
     cells: dict[RollupKey, UsageSums] = {}
     seen: set[str] = set()

@@ -171,15 +171,12 @@ def _is_storable(text: str, length_max: int = TEXT_LENGTH_MAX) -> bool:
 
 def _are_labels_storable(labels: dict[str, str]) -> bool:
     return len(labels) <= LABELS_MAX and all(
-        _is_storable(name, LABEL_LENGTH_MAX) and _is_storable(value, LABEL_LENGTH_MAX)
-        for name, value in labels.items()
+        _is_storable(name, LABEL_LENGTH_MAX) and _is_storable(value, LABEL_LENGTH_MAX) for name, value in labels.items()
     )
 
 
 def _are_attempts_storable(event: UsageEvent) -> bool:
-    return len(event.attempts) <= ATTEMPTS_MAX and all(
-        _is_storable(attempt.outcome) for attempt in event.attempts
-    )
+    return len(event.attempts) <= ATTEMPTS_MAX and all(_is_storable(attempt.outcome) for attempt in event.attempts)
 
 
 def _find_route_reason(

@@ -47,9 +47,7 @@ class SequenceAdvance:
         return sum(self.is_fresh)
 
 
-def advance_sequence(
-    last_seq: int, open_gaps: Sequence[SequenceRange], seqs: Sequence[int]
-) -> SequenceAdvance:
+def advance_sequence(last_seq: int, open_gaps: Sequence[SequenceRange], seqs: Sequence[int]) -> SequenceAdvance:
     """Return what the arrival of `seqs`, in this order, means after `last_seq`.
 
     `open_gaps` are the ranges missing so far, sorted and disjoint. A gap that opens and is filled within the
@@ -95,9 +93,7 @@ def _take_from_gap(gaps: list[SequenceRange], seq: int) -> bool:
     return True
 
 
-def _compute_changes(
-    before: Sequence[SequenceRange], after: Sequence[SequenceRange]
-) -> tuple[GapChange, ...]:
+def _compute_changes(before: Sequence[SequenceRange], after: Sequence[SequenceRange]) -> tuple[GapChange, ...]:
     changes = []
     for gap in before:
         start = bisect_right(after, gap.first_seq - 1, key=lambda other: other.first_seq)

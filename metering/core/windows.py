@@ -88,9 +88,7 @@ def parse_month(text: str) -> tuple[date, date]:
 
 def compute_call_id_bounds(first_day: date, end_day: date) -> tuple[uuid.UUID, uuid.UUID]:
     """Return `(a, b)`: the call ids of the UTC days from `first_day` to before `end_day` are in `[a, b)`."""
-    return compute_call_id_floor(_get_midnight_us(first_day)), compute_call_id_floor(
-        _get_midnight_us(end_day)
-    )
+    return compute_call_id_floor(_get_midnight_us(first_day)), compute_call_id_floor(_get_midnight_us(end_day))
 
 
 def compute_call_id_floor(at_us: int) -> uuid.UUID:

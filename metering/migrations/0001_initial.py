@@ -19,17 +19,13 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("version", models.BigIntegerField(unique=True)),
                 ("body", models.BinaryField()),
                 (
                     "created_at",
-                    models.DateTimeField(
-                        db_default=django.db.models.functions.datetime.Now(), editable=False
-                    ),
+                    models.DateTimeField(db_default=django.db.models.functions.datetime.Now(), editable=False),
                 ),
             ],
             options={
@@ -43,9 +39,7 @@ class Migration(migrations.Migration):
                 ("partition", models.SmallIntegerField(primary_key=True, serialize=False)),
                 (
                     "cursor",
-                    models.CharField(
-                        default="0-0", help_text="id of the last stream entry recorded", max_length=41
-                    ),
+                    models.CharField(default="0-0", help_text="id of the last stream entry recorded", max_length=41),
                 ),
                 (
                     "regressions",
@@ -81,9 +75,7 @@ class Migration(migrations.Migration):
                         ("producer_id", models.BigIntegerField()),
                         (
                             "usage_on",
-                            models.DateField(
-                                help_text="billing day in the tenant's zone, when it was recorded"
-                            ),
+                            models.DateField(help_text="billing day in the tenant's zone, when it was recorded"),
                         ),
                         ("input_tokens", models.IntegerField()),
                         ("cached_input_tokens", models.IntegerField()),
@@ -144,9 +136,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("partition", models.SmallIntegerField()),
                 ("stream_id", models.CharField(max_length=41)),
@@ -155,9 +145,7 @@ class Migration(migrations.Migration):
                 ("error", models.TextField()),
                 (
                     "received_at",
-                    models.DateTimeField(
-                        db_default=django.db.models.functions.datetime.Now(), editable=False
-                    ),
+                    models.DateTimeField(db_default=django.db.models.functions.datetime.Now(), editable=False),
                 ),
             ],
             options={
@@ -175,9 +163,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("source", models.CharField(max_length=200)),
                 ("external_id", models.CharField(max_length=200)),
@@ -187,9 +173,7 @@ class Migration(migrations.Migration):
             options={
                 "db_table": "metering_external_identity",
                 "constraints": [
-                    models.UniqueConstraint(
-                        fields=("source", "external_id"), name="metering_external_identity_once"
-                    )
+                    models.UniqueConstraint(fields=("source", "external_id"), name="metering_external_identity_once")
                 ],
             },
         ),
@@ -210,9 +194,7 @@ class Migration(migrations.Migration):
                 "db_table": "metering_hourly_count",
                 "ordering": ("-hour", "tenant_id"),
                 "constraints": [
-                    models.UniqueConstraint(
-                        fields=("tenant_id", "hour"), name="metering_hourly_count_identity"
-                    ),
+                    models.UniqueConstraint(fields=("tenant_id", "hour"), name="metering_hourly_count_identity"),
                     models.CheckConstraint(
                         condition=models.Q(
                             (
@@ -244,9 +226,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("partition", models.SmallIntegerField(blank=True, null=True)),
                 ("name", models.CharField(max_length=200)),
@@ -257,9 +237,7 @@ class Migration(migrations.Migration):
                 ),
                 (
                     "first_seen_at",
-                    models.DateTimeField(
-                        db_default=django.db.models.functions.datetime.Now(), editable=False
-                    ),
+                    models.DateTimeField(db_default=django.db.models.functions.datetime.Now(), editable=False),
                 ),
                 ("last_seen_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
             ],
@@ -277,9 +255,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "kind",
@@ -317,9 +293,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("call_id", models.UUIDField()),
                 ("tenant_id", models.BigIntegerField()),
@@ -330,9 +304,7 @@ class Migration(migrations.Migration):
                 ("recording_id", models.BigIntegerField()),
                 (
                     "noticed_at",
-                    models.DateTimeField(
-                        db_default=django.db.models.functions.datetime.Now(), editable=False
-                    ),
+                    models.DateTimeField(db_default=django.db.models.functions.datetime.Now(), editable=False),
                 ),
                 (
                     "producer",
@@ -345,9 +317,7 @@ class Migration(migrations.Migration):
                 "db_table": "metering_conflicting_event",
                 "ordering": ("-id",),
                 "constraints": [
-                    models.UniqueConstraint(
-                        fields=("call_id", "body_sha256"), name="metering_conflict_identity"
-                    )
+                    models.UniqueConstraint(fields=("call_id", "body_sha256"), name="metering_conflict_identity")
                 ],
             },
         ),
@@ -356,9 +326,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 (
                     "state",
@@ -384,9 +352,7 @@ class Migration(migrations.Migration):
                 ("catalog_version", models.BigIntegerField(help_text="the catalog it was last tried with")),
                 (
                     "quarantined_at",
-                    models.DateTimeField(
-                        db_default=django.db.models.functions.datetime.Now(), editable=False
-                    ),
+                    models.DateTimeField(db_default=django.db.models.functions.datetime.Now(), editable=False),
                 ),
                 ("resolved_at", models.DateTimeField(blank=True, null=True)),
                 ("resolved_by", models.CharField(blank=True, default="", max_length=150)),
@@ -410,9 +376,7 @@ class Migration(migrations.Migration):
                     models.Index(fields=["tenant_id", "counted_hour"], name="metering_quarantine_hour"),
                 ],
                 "constraints": [
-                    models.UniqueConstraint(
-                        fields=("call_id", "body_sha256"), name="metering_quarantine_identity"
-                    )
+                    models.UniqueConstraint(fields=("call_id", "body_sha256"), name="metering_quarantine_identity")
                 ],
             },
         ),
@@ -421,9 +385,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("first_seq", models.BigIntegerField()),
                 ("last_seq", models.BigIntegerField(help_text="inclusive")),
@@ -461,9 +423,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("seq", models.BigIntegerField()),
                 ("call_id", models.CharField(max_length=200)),

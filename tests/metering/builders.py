@@ -25,23 +25,18 @@ PARTITION_COUNT = 4
 ZONES = {1: "Asia/Shanghai", 2: "America/New_York", 3: "Europe/Berlin", 4: "UTC"}
 
 
-def build_snapshot(
-    *, version: int = 1, tenant_ids: Iterable[int] = (1, 2, 3, 4), **changes: Any
-) -> CatalogSnapshot:
+def build_snapshot(*, version: int = 1, tenant_ids: Iterable[int] = (1, 2, 3, 4), **changes: Any) -> CatalogSnapshot:
     """Four tenants in four zones, each with a key `10 * tenant`; models 1 and 2 on upstreams 1 and 2."""
     fields: dict[str, Any] = {
         "version": version,
         "published_at_ms": 0,
         "partition_count": PARTITION_COUNT,
         "tenants": tuple(
-            TenantRecord(
-                tenant_id=t, slug=f"tenant-{t}", currency="USD", timezone=ZONES.get(t, "UTC"), price_book_id=1
-            )
+            TenantRecord(tenant_id=t, slug=f"tenant-{t}", currency="USD", timezone=ZONES.get(t, "UTC"), price_book_id=1)
             for t in tenant_ids
         ),
         "api_keys": tuple(
-            ApiKeyRecord(api_key_id=10 * t, tenant_id=t, public_id=f"key{t}", key_hash=b"")
-            for t in tenant_ids
+            ApiKeyRecord(api_key_id=10 * t, tenant_id=t, public_id=f"key{t}", key_hash=b"") for t in tenant_ids
         ),
         "served_models": tuple(
             ServedModelRecord(
@@ -117,9 +112,7 @@ def send(
     pipeline = client.pipeline(transaction=False)
     for entry in entries:
         if isinstance(entry, UsageEvent):
-            key = get_stream_key(
-                get_partition(entry.tenant_id, PARTITION_COUNT) if partition is None else partition
-            )
+            key = get_stream_key(get_partition(entry.tenant_id, PARTITION_COUNT) if partition is None else partition)
             pipeline.xadd(key, {EVENT_FIELD: usage_event.to_wire(entry)})
         elif isinstance(entry, Superseded):
             pipeline.xadd(get_stream_key(partition or 0), {SUPERSEDED_FIELD: usage_event.to_wire(entry)})

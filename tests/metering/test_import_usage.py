@@ -41,9 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     return facts
 
 
-def test_lines_are_recorded_once(
-    metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lines_are_recorded_once(metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [build_row(number) for number in range(1, 31)]
     file = write(tmp_path / "usage.jsonl", rows)
     assert run(capsys, file)["recorded"] == 30
@@ -127,9 +125,7 @@ def test_upstream_is_found_by_model_and_key_by_its_public_id(
     assert event.detail == {"labels": {"team": "x"}}
 
 
-def test_csv_is_read_by_its_header(
-    metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_csv_is_read_by_its_header(metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "usage.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*build_row(1), "streamed", "labels"])
@@ -146,9 +142,7 @@ def test_csv_is_read_by_its_header(
         call_command("import_usage", str(path))
 
 
-def test_dry_run_records_nothing(
-    metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_records_nothing(metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "usage.jsonl", [build_row(1), build_row(2), build_row(3, tenant="nobody")])
     facts = run(capsys, file, "--dry-run")
     assert (facts["recorded"], facts["rejected_count"], facts["rejects_path"]) == (2, 1, None)

@@ -42,9 +42,7 @@ def change_event(assignment: str) -> None:
             "metering_usage_event WHERE tenant_id = 1 ORDER BY call_id LIMIT 1)"
         )
         assert cursor.rowcount == 1
-        cursor.execute(
-            "ALTER TABLE metering_usage_event ENABLE ALWAYS TRIGGER metering_usage_event_insert_only"
-        )
+        cursor.execute("ALTER TABLE metering_usage_event ENABLE ALWAYS TRIGGER metering_usage_event_insert_only")
 
 
 def execute(statement: str) -> None:
@@ -65,9 +63,7 @@ def test_nothing_changed_is_equal(recorded: redis.Redis) -> None:
 def test_changed_raw_token_count_is_named(recorded: redis.Redis) -> None:
     change_event("input_tokens = input_tokens + 1")
     (difference,) = verify_period(*OCTOBER).differences
-    assert (
-        difference.where == "tenant 1, day 2026-10-05, key 10, model 1, provider 101, upstream 1, completed"
-    )
+    assert difference.where == "tenant 1, day 2026-10-05, key 10, model 1, provider 101, upstream 1, completed"
     assert (difference.expected, difference.found) == ("(10,1056,70,0,155,30)", "(10,1055,70,0,155,30)")
 
 

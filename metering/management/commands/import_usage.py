@@ -23,9 +23,7 @@ class Command(BaseCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument(
-            "file", type=Path, metavar="FILE", help="a .csv file with a header, or JSON lines"
-        )
+        parser.add_argument("file", type=Path, metavar="FILE", help="a .csv file with a header, or JSON lines")
         parser.add_argument(
             "--source",
             default="import",
