@@ -86,7 +86,7 @@ class Gauge:
 
     def render(self, worker: str) -> list[str]:
         """Return the sample line."""
-        return [f"{self.name}{_render_labels(('worker',), (worker,))} {self._read():g}"]
+        return [f"{self.name}{_render_labels(('worker',), (worker,))} {self._read()}"]
 
 
 class UpstreamGauge:

@@ -74,7 +74,7 @@ def limit_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitStack
     url = os.environ["TOLLBOOK_REDIS_URL"]
     with redis.Redis.from_url(url) as client:
         client.flushdb()
-        catalog = Catalog(version=1_000)
+        catalog = Catalog()
         catalog.add_model()
         catalog.add_upstream(1, upstream.url + "/v1", kind="vllm")
         catalog.publish(client)
