@@ -114,6 +114,10 @@ class ReferenceRules:
             "J05r": royalty("Owner", "90.00"),
             "J06r": royalty("Owner", "30.00"),
             "J11e": royalty("Owner2", "40000.00"),
+        } | self._special_usage(usage)
+
+    def _special_usage(self, usage):
+        return {
             "J05u": lambda dates: rules.build_prepaid_usage_accrual(
                 dates=dates,
                 tenant_id=self.tenants["Beta"],
