@@ -23,7 +23,7 @@ _TOOLS_GUIDANCE = (
 )
 
 
-class _NotRenderableError(ValueError):
+class NotRenderableError(ValueError):
     """The conversation has no text form: the template refuses it, or it holds more than text."""
 
 
@@ -31,11 +31,11 @@ def render_llama3(request: dict[str, Any]) -> str | None:
     """Return the prompt of a chat request under Llama 3's template, which knows no tools; None if it has none."""
     try:
         parts = [BEGIN]
-        for message in _read_messages(request):
-            parts.append(_build_turn(message["role"], _read_content(message).strip()))
+        for message in read_messages(request):
+            parts.append(_build_turn(message["role"], read_content(message).strip()))
         parts.append(_build_header("assistant"))
         return "".join(parts)
-    except _NotRenderableError:
+    except NotRenderableError:
         return None
 
 
@@ -43,7 +43,7 @@ def render_llama31(request: dict[str, Any]) -> str | None:
     """Return the prompt of a chat request under Llama 3.1's template, tools included; None if it has none."""
     try:
         return _render_llama31(request)
-    except _NotRenderableError:
+    except NotRenderableError:
         return None
 
 
@@ -63,20 +63,20 @@ def build_tool_call_text(name: str, arguments: str) -> str:
 
 
 def _render_llama31(request: dict[str, Any]) -> str:
-    messages = _read_messages(request)
+    messages = read_messages(request)
     tools = request.get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise _NotRenderableError("tools is not a list")
+        raise NotRenderableError("tools is not a list")
     system = ""
     if messages[0]["role"] == "system":
-        system, messages = _read_content(messages[0]).strip(), messages[1:]
+        system, messages = read_content(messages[0]).strip(), messages[1:]
     environment = "Environment: ipython\n" if tools else ""
     parts = [BEGIN, _build_turn("system", environment + _DATE_HEADER + system)]
     if tools:
         if not messages:
-            raise _NotRenderableError("tools need a first user message")
+            raise NotRenderableError("tools need a first user message")
         schemas = "".join(_to_json(tool, indent=4) + "\n\n" for tool in tools)
-        first, messages = _read_content(messages[0]).strip(), messages[1:]
+        first, messages = read_content(messages[0]).strip(), messages[1:]
         parts.append(_build_turn("user", _TOOLS_GUIDANCE + schemas + first))
     for message in messages:
         parts.append(_render_llama31_message(message))
@@ -89,42 +89,43 @@ def _render_llama31_message(message: dict[str, Any]) -> str:
     if calls:
         function = calls[0].get("function") if len(calls) == 1 and isinstance(calls[0], dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _NotRenderableError("the template takes one tool call in a message")
+            raise NotRenderableError("the template takes one tool call in a message")
         arguments = function.get("arguments")
         text = arguments if isinstance(arguments, str) else _to_json(arguments)
         return _build_turn("assistant", build_tool_call_text(function["name"], text))
     if message["role"] in ("tool", "ipython"):
         # The template writes a result as JSON, so a text is in quotes and its line ends are escaped.
-        return _build_turn("ipython", _to_json(_read_content(message)))
-    return _build_turn(message["role"], _read_content(message).strip())
+        return _build_turn("ipython", _to_json(read_content(message)))
+    return _build_turn(message["role"], read_content(message).strip())
 
 
-def _read_messages(request: dict[str, Any]) -> list[dict[str, Any]]:
+def read_messages(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a chat request, each with a role; raises NotRenderableError."""
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise _NotRenderableError("no messages")
+        raise NotRenderableError("no messages")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _NotRenderableError("a message without a role")
+            raise NotRenderableError("a message without a role")
         if not isinstance(message.get("tool_calls") or [], list):
-            raise _NotRenderableError("tool_calls is not a list")
+            raise NotRenderableError("tool_calls is not a list")
     return messages
 
 
-def _read_content(message: dict[str, Any]) -> str:
-    """Return the text of a message; several text parts are joined by a line end, as vLLM does."""
+def read_content(message: dict[str, Any]) -> str:
+    """Return the text of a message; raises NotRenderableError. Text parts are joined by a line end, as vLLM does."""
     content = message.get("content")
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _NotRenderableError("content is neither text nor parts")
+        raise NotRenderableError("content is neither text nor parts")
     texts = []
     for part in content:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
-            raise _NotRenderableError("a part is not text")
+            raise NotRenderableError("a part is not text")
         texts.append(text)
     return "\n".join(texts)
 

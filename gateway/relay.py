@@ -162,7 +162,9 @@ class Relay:
                 body = await connection.read_body(bytes_max=ERROR_BYTES_MAX)
                 failure = provider.classify_error(connection.status, connection.headers, body)
                 raise AttemptFailedError(failure.code or "upstream_error", failure)
-            if call.request.streamed and connection.headers.get("content-type", "").startswith("text/event-stream"):
+            if call.request.streamed and connection.headers.get("content-type", "").startswith(
+                provider.stream_content_type
+            ):
                 await self._relay_stream(upstream, provider, connection)
             else:
                 await self._relay_whole(upstream, provider, connection)

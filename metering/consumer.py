@@ -140,7 +140,7 @@ def _record_with_retries(batch: _Batch, result: DrainResult, *, is_waiting: bool
             if attempt == _RETRIES_MAX or _get_sqlstate(error) not in _RETRYABLE_SQLSTATES:
                 raise
             logger.warning("recording of p%02d is repeated: %s", batch.partition, error)
-            time.sleep(random.uniform(0, 0.02 * 2**attempt))
+            time.sleep(random.uniform(0, 0.02 * 2**attempt))  # not money: seconds
         else:
             failpoints.reach("after_commit")
             return last_id

@@ -18,29 +18,29 @@ from metering.verification import verify_period
 
 logger = logging.getLogger(__name__)
 
-_DRAIN_S_MAX = 10.0
+_DRAIN_S_MAX = 10
 
 # For `app.conf.beat_schedule`. What waited too long is dropped: the next one does its work.
 BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
     "metering-roll-up": {
         "task": "metering.tasks.dispatch_rollups_task",
-        "schedule": 1.0,
-        "options": {"expires": 5.0},
+        "schedule": timedelta(seconds=1),
+        "options": {"expires": 5},
     },
     "metering-release": {
         "task": "metering.tasks.release_attributable_events_task",
-        "schedule": 30.0,
-        "options": {"expires": 30.0},
+        "schedule": timedelta(seconds=30),
+        "options": {"expires": 30},
     },
     "metering-partitions": {
         "task": "metering.tasks.create_partitions_task",
-        "schedule": 3600.0,
-        "options": {"expires": 3600.0},
+        "schedule": timedelta(seconds=3600),
+        "options": {"expires": 3600},
     },
     "metering-verification": {
         "task": "metering.tasks.verify_metering_task",
-        "schedule": 86_400.0,
-        "options": {"expires": 86_400.0},
+        "schedule": timedelta(seconds=86_400),
+        "options": {"expires": 86_400},
     },
 }
 
@@ -53,7 +53,7 @@ def dispatch_rollups_task() -> None:
     except CatalogMissingError:
         return  # nothing can have been sent yet
     for partition in waiting:
-        rollup_partition_task.apply_async([partition], expires=5.0)
+        rollup_partition_task.apply_async([partition], expires=5)
 
 
 @shared_task(ignore_result=True)

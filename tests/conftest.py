@@ -94,6 +94,11 @@ import django  # noqa: E402  (settings read the variables set above)
 
 django.setup()
 
+from django.conf import settings as django_settings  # noqa: E402
+
+# A process of pytest-xdist inherits DJANGO_SETTINGS_MODULE, and has read the address of its parent's server by now.
+django_settings.REDIS_URL = django_settings.CELERY_BROKER_URL = os.environ["TOLLBOOK_REDIS_URL"]
+
 from django.db import connection as django_connection  # noqa: E402
 from django.db.backends.postgresql.operations import DatabaseOperations  # noqa: E402
 

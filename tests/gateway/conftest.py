@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import openai
 import pytest
 import redis
 
+from deploy.embedded.redis import EmbeddedRedis
 from tests.fakes.gateway_stack import Catalog, ServerProcess, build_gateway, build_sandbox
 
 
@@ -71,8 +73,17 @@ def gateway_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_stack(sandbox: ServerProcess, gateway_folder: Path) -> Iterator[Stack]:
-    url = os.environ["TOLLBOOK_REDIS_URL"]
+def gateway_redis_url() -> Iterator[str]:
+    """The URL of a Redis-protocol server of the gateway's tests: those of other rooms publish catalogs too."""
+    folder = Path(tempfile.mkdtemp(prefix="tollbook-test-"))
+    with EmbeddedRedis(folder) as server:
+        yield server.url()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_stack(sandbox: ServerProcess, gateway_folder: Path, gateway_redis_url: str) -> Iterator[Stack]:
+    url = gateway_redis_url
     gateway = build_gateway(gateway_folder, url, GATEWAY_LEASE_S="2")
     gateway.start()
     with redis.Redis.from_url(url) as client:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,14 +63,14 @@ class LimitStack:
 
 
 @pytest.fixture(scope="module")
-def limit_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitStack]:
+def limit_stack(tmp_path_factory: pytest.TempPathFactory, gateway_redis_url: str) -> Iterator[LimitStack]:
     folder: Path = tmp_path_factory.mktemp("limits")
     port = choose_free_port()
     upstream = ServerProcess(
         ["tests.fakes.counting_upstream", str(port)], port=port, environ={}, log_path=folder / "upstream.log"
     )
     upstream.start(path="/")
-    url = os.environ["TOLLBOOK_REDIS_URL"]
+    url = gateway_redis_url
     with redis.Redis.from_url(url) as client:
         client.flushdb()
         catalog = Catalog()

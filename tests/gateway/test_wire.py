@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -137,12 +136,14 @@ def test_head_has_no_body(stack: Stack) -> None:
 
 
 @pytest.fixture(scope="module")
-def narrow_gateway(shared_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def narrow_gateway(
+    shared_stack: Stack, tmp_path_factory: pytest.TempPathFactory, gateway_redis_url: str
+) -> Iterator[ServerProcess]:
     """A gateway with small bounds, on the same Redis."""
     folder: Path = tmp_path_factory.mktemp("narrow")
     gateway = build_gateway(
         folder,
-        os.environ["TOLLBOOK_REDIS_URL"],
+        gateway_redis_url,
         GATEWAY_REQUEST_BYTES_MAX="2000",
         GATEWAY_HEADER_BYTES_MAX="1024",
         GATEWAY_RECEIVE_TIMEOUT_S="1",
