@@ -1,0 +1,281 @@
+"""The pages of metering: everything is shown, nothing is edited; quarantine is decided on, with a reason."""
+
+from __future__ import annotations
+
+import uuid
+from functools import cached_property
+from typing import Any
+
+from django import forms
+from django.contrib import admin, messages
+from django.core.paginator import Paginator
+from django.db.models import QuerySet
+from django.http import HttpRequest
+from unfold.admin import ModelAdmin
+from unfold.forms import ActionForm
+
+from gateway.contract import usage_event
+from gateway.contract.catalog_snapshot import CatalogSnapshot
+from gateway.contract.usage_event import EventDecodeError
+from metering.catalog import load_catalog
+from metering.errors import CatalogMissingError
+from metering.models import (
+    ConflictingEvent,
+    DeadLetter,
+    HourlyCount,
+    Producer,
+    QuarantinedEvent,
+    Recording,
+    SequenceGap,
+    StreamPartition,
+    UsageEvent,
+    UsageRollup,
+)
+from metering.quarantine import release_quarantined_events, void_quarantined_events
+
+_COUNTED_MAX = 10_000
+
+
+class BoundedPaginator(Paginator):
+    """Counts to 10,000 and no further: counting a hundred million rows for a page number would take minutes."""
+
+    @cached_property
+    def count(self) -> int:
+        return len(self.object_list.order_by().values_list("pk")[:_COUNTED_MAX])
+
+
+class MeteringAdmin(ModelAdmin):
+    """Show, never write: the writers are the services, in their own transactions."""
+
+    actions = None
+    show_full_result_count = False
+    paginator = BoundedPaginator
+    list_per_page = 50
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    @admin.display(description="tenant", ordering="tenant_id")
+    def tenant(self, row: Any) -> str:
+        return _name("tenants", row.tenant_id)
+
+    @admin.display(description="served model", ordering="served_model_id")
+    def served_model(self, row: Any) -> str:
+        return _name("served_models", row.served_model_id)
+
+    @admin.display(description="provider", ordering="provider_id")
+    def provider(self, row: Any) -> str:
+        return _name("providers", row.provider_id)
+
+    @admin.display(description="upstream", ordering="upstream_id")
+    def upstream(self, row: Any) -> str:
+        return _name("upstreams", row.upstream_id)
+
+    @admin.display(description="API key", ordering="api_key_id")
+    def api_key(self, row: Any) -> str:
+        return _name("api_keys", row.api_key_id)
+
+
+_names: tuple[int, dict[str, dict[int, str]]] = (-1, {})
+
+
+def _name(kind: str, number: int) -> str:
+    """Return the name that the newest catalog gives an id, else the id itself."""
+    global _names
+    try:
+        snapshot = load_catalog().snapshot
+    except CatalogMissingError:
+        return str(number)
+    if _names[0] != snapshot.version:
+        _names = (snapshot.version, _list_names(snapshot))
+    return _names[1][kind].get(number, str(number) if number else "none")
+
+
+def _list_names(snapshot: CatalogSnapshot) -> dict[str, dict[int, str]]:
+    return {
+        "tenants": {tenant.tenant_id: tenant.slug for tenant in snapshot.tenants},
+        "api_keys": {key.api_key_id: key.public_id for key in snapshot.api_keys},
+        "served_models": {model.served_model_id: model.name for model in snapshot.served_models},
+        "providers": {upstream.provider_id: upstream.provider_slug for upstream in snapshot.upstreams},
+        "upstreams": {upstream.upstream_id: upstream.slug for upstream in snapshot.upstreams},
+    }
+
+
+@admin.register(UsageEvent)
+class UsageEventAdmin(MeteringAdmin):
+    """Raw events, newest first. A receipt is found by its call id, in one partition."""
+
+    list_display = (
+        *("call_id", "occurred_at", "tenant", "served_model", "upstream", "outcome", "usage_source"),
+        *("input_tokens", "output_tokens"),
+    )
+    search_fields = ("call_id",)
+    search_help_text = "A whole call id"
+    ordering = ("-call_id",)
+    sortable_by = ("call_id",)
+    list_filter = ("outcome", "usage_source")
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[UsageEvent], search_term: str
+    ) -> tuple[QuerySet[UsageEvent], bool]:
+        if not search_term.strip():
+            return queryset, False
+        try:
+            return queryset.filter(call_id=uuid.UUID(search_term.strip())), False
+        except ValueError:
+            self.message_user(request, f"{search_term!r} is not a call id.", messages.WARNING)
+            return queryset.none(), False
+
+
+@admin.register(UsageRollup)
+class UsageRollupAdmin(MeteringAdmin):
+    """Sums by day, as billing reads them."""
+
+    list_display = (
+        *("usage_on", "tenant", "api_key", "served_model", "provider", "upstream", "outcome", "calls"),
+        *("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens"),
+    )
+    list_filter = ("outcome", ("usage_on", admin.DateFieldListFilter))
+    ordering = ("-usage_on", "tenant_id", "id")
+
+
+@admin.register(SequenceGap)
+class SequenceGapAdmin(MeteringAdmin):
+    """What has not arrived, and what came late."""
+
+    list_display = ("producer", "partition", "first_seq", "last_seq", "event_count", "noticed_at", "closed_at")
+    list_filter = (("closed_at", admin.EmptyFieldListFilter),)
+    list_select_related = ("producer",)
+    search_fields = ("producer__name",)
+
+    @admin.display(description="partition", ordering="producer__partition")
+    def partition(self, row: SequenceGap) -> int | None:
+        return row.producer.partition
+
+    @admin.display(description="events")
+    def event_count(self, row: SequenceGap) -> int:
+        return row.event_count
+
+
+class DecisionForm(ActionForm):
+    """The choice of an action, and why."""
+
+    note = forms.CharField(required=False, max_length=500, label="Reason (kept on record)")
+
+
+class EventBytesAdmin(MeteringAdmin):
+    """Rows that hold an event's bytes: shown decoded."""
+
+    exclude = ("body", "body_sha256")
+    readonly_fields = ("event",)
+
+    @admin.display(description="event")
+    def event(self, row: Any) -> str:
+        try:
+            decoded = usage_event.from_wire(bytes(row.body))
+        except EventDecodeError:
+            return bytes(row.body).hex(" ", 2)
+        return "\n".join(f"{name}: {getattr(decoded, name)}" for name in decoded.__struct_fields__)
+
+
+@admin.register(QuarantinedEvent)
+class QuarantinedEventAdmin(EventBytesAdmin):
+    """Events held, and what became of them. Release and void ask for a reason."""
+
+    list_display = ("call_id", "reason", "tenant", "state", "producer", "seq", "quarantined_at", "resolved_by")
+    list_filter = ("state", "reason")
+    list_select_related = ("producer",)
+    search_fields = ("call_id__exact", "producer__name")
+    action_form = DecisionForm
+    actions = ("release", "void")
+
+    def has_decide_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("metering.change_quarantinedevent")
+
+    @admin.action(description="Try again and roll up", permissions=["decide"])
+    def release(self, request: HttpRequest, queryset: QuerySet[QuarantinedEvent]) -> None:
+        note = self._get_note(request)
+        if note:
+            ids = list(queryset.values_list("pk", flat=True))
+            result = release_quarantined_events(ids, actor_name=request.user.get_username(), note=note)
+            level = messages.SUCCESS if result.released else messages.WARNING
+            text = f"{result.released} rolled up, {result.refused} were known already, {result.held} stay held."
+            self.message_user(request, text, level)
+
+    @admin.action(description="Void: never count", permissions=["decide"])
+    def void(self, request: HttpRequest, queryset: QuerySet[QuarantinedEvent]) -> None:
+        note = self._get_note(request)
+        if note:
+            ids = list(queryset.values_list("pk", flat=True))
+            count = void_quarantined_events(ids, actor_name=request.user.get_username(), note=note)
+            self.message_user(request, f"{count} events voided.", messages.SUCCESS)
+
+    def _get_note(self, request: HttpRequest) -> str:
+        note = request.POST.get("note", "").strip()[:500]
+        if not note:
+            self.message_user(request, "Nothing was done: give a reason, it is kept on record.", messages.ERROR)
+        return note
+
+
+@admin.register(ConflictingEvent)
+class ConflictingEventAdmin(EventBytesAdmin):
+    """Events whose call id was recorded with other content."""
+
+    list_display = ("call_id", "tenant", "producer", "seq", "noticed_at")
+    list_select_related = ("producer",)
+    search_fields = ("call_id__exact",)
+
+
+@admin.register(DeadLetter)
+class DeadLetterAdmin(EventBytesAdmin):
+    """Stream entries that could not be read, with their bytes."""
+
+    list_display = ("stream_id", "partition", "error", "received_at")
+    list_filter = ("partition",)
+
+
+@admin.register(Producer)
+class ProducerAdmin(MeteringAdmin):
+    """Gateways and imports, and how far they have counted."""
+
+    list_display = ("name", "partition", "last_seq", "accounted_count", "first_seen_at", "last_seen_at")
+    search_fields = ("name",)
+
+
+@admin.register(StreamPartition)
+class StreamPartitionAdmin(MeteringAdmin):
+    """The streams and their cursors."""
+
+    list_display = ("partition", "cursor", "regressions", "updated_at")
+
+
+@admin.register(Recording)
+class RecordingAdmin(MeteringAdmin):
+    """Transactions that recorded events."""
+
+    list_display = (
+        *("id", "kind", "partition", "recorded_at", "rolled_up_count", "quarantined_count", "conflict_count"),
+        *("duplicate_count", "superseded_count", "dead_letter_count"),
+    )
+    list_filter = ("kind",)
+    exclude = ("xid",)
+
+
+@admin.register(HourlyCount)
+class HourlyCountAdmin(MeteringAdmin):
+    """What came in and where it went, by tenant and hour."""
+
+    list_display = (
+        *("hour", "tenant", "received", "accepted", "rolled_up", "quarantined", "conflicts", "duplicates"),
+        "superseded",
+    )
+
+    @admin.display(description="accepted")
+    def accepted(self, row: HourlyCount) -> int:
+        return row.accepted

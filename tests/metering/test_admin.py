@@ -1,0 +1,78 @@
+"""The admin of metering: all is shown, nothing is edited, decisions ask for a reason."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+from django.apps import apps
+from django.contrib.auth.models import Permission, User
+from django.test import Client
+
+from metering.models import QuarantinedEvent
+from metering.services import roll_up
+from tests.metering.builders import build_event, send
+
+TABLES = (
+    *("usageevent", "usagerollup", "sequencegap", "quarantinedevent", "conflictingevent", "deadletter"),
+    *("producer", "streampartition", "recording", "hourlycount"),
+)
+
+
+@pytest.fixture
+def events(metering: redis.Redis) -> redis.Redis:
+    event = build_event(1)
+    conflict = build_event(2, call_id=event.call_id, occurred_at_us=event.occurred_at_us)
+    send(metering, [event, conflict, build_event(4), build_event(5, input_tokens=-1), b"poison"], partition=1)
+    roll_up()
+    return metering
+
+
+def log_in(*permissions: str) -> Client:
+    user = User.objects.create_user("sam", is_staff=True, is_superuser=not permissions)
+    user.user_permissions.set(Permission.objects.filter(codename__in=permissions))
+    client = Client()
+    client.force_login(user)
+    return client
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_list_and_detail_are_shown_and_not_writable(events: redis.Redis, table: str) -> None:
+    client = log_in()
+    row = apps.get_model("metering", table).objects.first()
+    listing = client.get(f"/admin/metering/{table}/")
+    detail = client.get(f"/admin/metering/{table}/{row.pk}/change/")
+    assert (listing.status_code, detail.status_code) == (200, 200)
+    for path in (f"{row.pk}/change/", f"{row.pk}/delete/", "add/"):
+        assert client.post(f"/admin/metering/{table}/{path}", {}).status_code == 403
+
+
+def test_event_is_found_by_its_call_id(events: redis.Redis) -> None:
+    row = apps.get_model("metering", "usageevent").objects.first()
+    client = log_in()
+    assert str(row.pk) in client.get(f"/admin/metering/usageevent/?q={row.pk}").content.decode()
+    assert "is not a call id" in client.get("/admin/metering/usageevent/?q=abc", follow=True).content.decode()
+
+
+def post_action(client: Client, action: str, note: str) -> str:
+    data = {"action": action, "note": note, "_selected_action": [QuarantinedEvent.objects.get().pk]}
+    return client.post("/admin/metering/quarantinedevent/", data, follow=True).content.decode()
+
+
+def test_void_needs_a_reason_and_a_permission(events: redis.Redis) -> None:
+    client = log_in()
+    assert "give a reason" in post_action(client, "void", " ")
+    assert QuarantinedEvent.objects.get().state == "HELD"
+    assert "1 events voided" in post_action(client, "void", "their test")
+    row = QuarantinedEvent.objects.get()
+    assert (row.state, row.resolved_by, row.resolution_note) == ("VOIDED", "sam", "their test")
+
+
+def test_release_says_what_stays(events: redis.Redis) -> None:
+    assert "1 stay held" in post_action(log_in(), "release", "look again")
+
+
+def test_viewer_decides_nothing(events: redis.Redis) -> None:
+    client = log_in("view_quarantinedevent")
+    assert client.get("/admin/metering/quarantinedevent/").status_code == 200
+    post_action(client, "void", "no")
+    assert QuarantinedEvent.objects.get().state == "HELD"

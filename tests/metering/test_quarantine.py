@@ -1,0 +1,130 @@
+"""Quarantine: held with a reason, released when the cause is mended, voided by a person."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+
+from metering.catalog import store_catalog_snapshot
+from metering.errors import CatalogConflictError
+from metering.models import HourlyCount, QuarantinedEvent, UsageEvent, UsageRollup
+from metering.quarantine import ReleaseResult
+from metering.selectors import EventCounts, get_metering_state, sum_event_counts
+from metering.services import (
+    release_attributable_events,
+    release_quarantined_events,
+    roll_up,
+    void_quarantined_events,
+)
+from tests.metering.builders import build_event, build_snapshot, send
+
+
+@pytest.fixture
+def stranger(metering: redis.Redis) -> QuarantinedEvent:
+    """Events of tenant 5, unknown so far, and one of tenant 1."""
+    send(metering, [build_event(1, tenant_id=5), build_event(2, tenant_id=5), build_event(1, tenant_id=4)])
+    assert roll_up().quarantined == 2
+    return QuarantinedEvent.objects.get(seq=1)
+
+
+def test_unknown_tenant_is_held_with_its_bytes(stranger: QuarantinedEvent) -> None:
+    assert (stranger.reason, stranger.state, stranger.tenant_id) == ("unknown_tenant", "HELD", 5)
+    state = get_metering_state()
+    assert (state.quarantined, state.quarantined_by_reason, state.waiting_entries) == (2, {"unknown_tenant": 2}, 0)
+    assert sum_event_counts() == EventCounts(3, 3, 1, 2, 0, 0, 0)
+    assert sum_event_counts(tenant_id=5) == EventCounts(2, 2, 0, 2, 0, 0, 0)
+
+
+def test_newer_catalog_releases_by_itself(stranger: QuarantinedEvent) -> None:
+    assert release_attributable_events() == ReleaseResult()
+    store_catalog_snapshot(build_snapshot(version=2, tenant_ids=(1, 2, 3, 4, 5)))
+    assert release_attributable_events() == ReleaseResult(released=2)
+    assert sum(row.calls for row in UsageRollup.objects.filter(tenant_id=5)) == 2
+    stranger.refresh_from_db()
+    assert (stranger.state, stranger.resolved_by) == ("RELEASED", "metering")
+    assert stranger.resolved_at is not None
+    assert sum_event_counts(tenant_id=5) == EventCounts(2, 2, 2, 0, 0, 0, 0)
+    assert release_attributable_events() == ReleaseResult()
+
+
+def test_redelivery_of_a_released_or_held_event_is_a_duplicate(
+    metering: redis.Redis, stranger: QuarantinedEvent
+) -> None:
+    metering.xadd("usage:{p01}", {"e": bytes(stranger.body)})
+    assert roll_up().duplicates == 1
+    store_catalog_snapshot(build_snapshot(version=2, tenant_ids=(1, 2, 3, 4, 5)))
+    metering.xadd("usage:{p01}", {"e": bytes(stranger.body)})
+    assert roll_up().duplicates == 1  # held, and attributable by now: still only once
+    release_attributable_events()
+    metering.xadd("usage:{p01}", {"e": bytes(stranger.body)})
+    assert roll_up().duplicates == 1
+    assert UsageEvent.objects.filter(tenant_id=5).count() == 2
+    assert sum_event_counts(tenant_id=5) == EventCounts(5, 2, 2, 0, 0, 3, 0)
+
+
+def test_release_without_a_mended_cause_holds(stranger: QuarantinedEvent) -> None:
+    store_catalog_snapshot(build_snapshot(version=2))
+    assert release_quarantined_events(actor_name="ann", note="try") == ReleaseResult(held=2)
+    stranger.refresh_from_db()
+    assert (stranger.state, stranger.reason, stranger.catalog_version) == ("HELD", "unknown_tenant", 2)
+
+
+def test_void_is_final_and_on_record(stranger: QuarantinedEvent) -> None:
+    assert void_quarantined_events([stranger.pk], actor_name="ann", note="a test of theirs") == 1
+    assert void_quarantined_events([stranger.pk], actor_name="bob", note="again") == 0
+    stranger.refresh_from_db()
+    assert (stranger.state, stranger.resolved_by, stranger.resolution_note) == ("VOIDED", "ann", "a test of theirs")
+    store_catalog_snapshot(build_snapshot(version=2, tenant_ids=(1, 2, 3, 4, 5)))
+    assert release_attributable_events() == ReleaseResult(released=1)
+    assert sum_event_counts(tenant_id=5) == EventCounts(2, 2, 1, 1, 0, 0, 0)
+
+
+def test_released_event_that_is_recorded_by_now_is_refused(metering: redis.Redis) -> None:
+    event = build_event(1, tenant_id=1, api_key_id=50)
+    send(metering, [event])
+    assert roll_up().quarantined == 1
+    send(metering, [build_event(2, call_id=event.call_id, occurred_at_us=event.occurred_at_us)])
+    assert roll_up().rolled_up == 1
+    snapshot = build_snapshot(version=2)
+    keys = (*snapshot.api_keys, type(snapshot.api_keys[0])(api_key_id=50, tenant_id=1, public_id="k", key_hash=b""))
+    store_catalog_snapshot(build_snapshot(version=3, api_keys=keys))
+    assert release_quarantined_events(actor_name="ann", note="key added") == ReleaseResult(refused=1)
+    assert QuarantinedEvent.objects.get().state == "REFUSED"
+    assert sum_event_counts() == EventCounts(2, 2, 1, 0, 1, 0, 0)
+
+
+def test_used_number_is_released_by_decision_only(metering: redis.Redis) -> None:
+    send(metering, [build_event(1), build_event(1)])
+    roll_up()
+    store_catalog_snapshot(build_snapshot(version=2))
+    assert release_attributable_events() == ReleaseResult()
+    assert release_quarantined_events(actor_name="ann", note="cloned machine") == ReleaseResult(released=1)
+    assert UsageEvent.objects.count() == 2
+
+
+def test_impossible_numbers_are_held_and_counted_once(metering: redis.Redis) -> None:
+    events = [
+        build_event(1, input_tokens=-5),
+        build_event(2, tenant_id=2**64 - 1, api_key_id=10),
+        build_event(3, call_id="not\0an id"),
+        build_event(4, occurred_at_us=2**62, call_id=build_event(1).call_id),
+        build_event(5, region="\0"),
+    ]
+    send(metering, events, partition=1)
+    assert roll_up().quarantined == 5
+    reasons = list(QuarantinedEvent.objects.order_by("seq").values_list("reason", flat=True))
+    assert reasons == [
+        "unbelievable_tokens",
+        "unknown_tenant",
+        "call_id_malformed",
+        "call_id_time_mismatch",
+        "unbelievable_detail",
+    ]
+    assert UsageRollup.objects.count() == 0
+    assert sum(row.quarantined for row in HourlyCount.objects.all()) == 5
+
+
+def test_catalog_version_never_changes(metering: redis.Redis) -> None:
+    store_catalog_snapshot(build_snapshot())
+    with pytest.raises(CatalogConflictError):
+        store_catalog_snapshot(build_snapshot(tenant_ids=(1,)))
