@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from gateway.providers.azure_ai import AzureAI
+from gateway.providers.bailian import Bailian
 from gateway.providers.base import Provider, UnknownProviderKindError
+from gateway.providers.bedrock import Bedrock
 from gateway.providers.llama_server import LlamaServer
 from gateway.providers.openai_compatible import OpenAICompatible
+from gateway.providers.qianfan_v1 import QianfanV1
+from gateway.providers.sagemaker import SageMaker
 from gateway.providers.sandbox import Sandbox
 from gateway.providers.vllm import Vllm
 
-_KINDS: tuple[Provider, ...] = (OpenAICompatible(), Vllm(), Sandbox(), LlamaServer(), AzureAI())
+_KINDS: tuple[Provider, ...] = (
+    OpenAICompatible(),
+    Vllm(),
+    LlamaServer(),
+    Sandbox(),
+    AzureAI(),
+    Bailian(),
+    Bedrock(),
+    QianfanV1(),
+    SageMaker(),
+)
 _PROVIDERS = {provider.kind: provider for provider in _KINDS}
 
 

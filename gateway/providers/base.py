@@ -165,11 +165,14 @@ class StreamMeter(Protocol):
 class Provider(Protocol):
     """One kind of upstream. Stateless: one object serves all calls.
 
+    `stream_content_type` is how the content type of a streamed answer begins; any other is a whole body.
+
     `call`, where it is passed to the two readers, gives them what the request asked for: whether continuous
     usage was the client's own wish, the number of choices, and the model's name for translated answers.
     """
 
     kind: str
+    stream_content_type: str
 
     def build_request(self, call: CallRequest, upstream: UpstreamRecord, credential: str) -> UpstreamRequest:
         """Return the request to send; raises UnsupportedCallError. No authentication with `credential` ""."""

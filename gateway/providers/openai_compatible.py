@@ -36,6 +36,7 @@ class OpenAICompatible:
     """Implements Provider."""
 
     kind = "openai_compatible"
+    stream_content_type = "text/event-stream"
     paths: ClassVar[Mapping[str, str]] = {
         "chat.completions": "/chat/completions",
         "completions": "/completions",
@@ -70,6 +71,8 @@ class OpenAICompatible:
         failure = classify_body(answer)
         if failure is None and not isinstance(answer, dict):
             failure = build_invalid_answer("The provider's answer is not a JSON object.")
+        if failure is None and call is not None and not _has_answer(answer, call.endpoint):
+            failure = build_invalid_answer(f"The provider's answer is not one of {call.endpoint}.")
         if failure is not None:
             return build_failed_result(failure, headers)
         transcript = Transcript()
@@ -163,6 +166,11 @@ def build_failed_result(failure: UpstreamFailure, headers: Mapping[str, str]) ->
         is_complete=False,
         emitted=EmittedText,
     )
+
+
+def _has_answer(answer: dict[str, Any], endpoint: str) -> bool:
+    """Return whether an answer has the member that holds it: without one there is nothing to bill."""
+    return isinstance(answer.get("data" if endpoint == "embeddings" else "choices"), list)
 
 
 def _read_finish_reason(choices: list[Any]) -> str:

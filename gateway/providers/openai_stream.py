@@ -141,7 +141,7 @@ class OpenAIStreamMeter:
         try:
             frames = self._splitter.split(data)
         except FrameTooLargeError as error:
-            self._fail(build_invalid_answer(str(error)))
+            self.fail(build_invalid_answer(str(error)))
             return b""
         relayed = []
         for frame in frames:
@@ -184,7 +184,7 @@ class OpenAIStreamMeter:
             tail = self._splitter.pending
             failure = classify_body(parse_json(get_frame_data(tail + b"\n\n") or tail.strip()))
             if failure is not None:
-                self._fail(failure)
+                self.fail(failure)
         return CallResult(
             usage=self._settle_usage(),
             finish_reason=self._finish_reason,
@@ -213,7 +213,7 @@ class OpenAIStreamMeter:
             return frame
         failure = classify_body(chunk)
         if failure is not None:
-            self._fail(failure)
+            self.fail(failure)
             return b""
         return self._take_chunk(frame, data, chunk)
 
@@ -277,7 +277,8 @@ class OpenAIStreamMeter:
         is_final = self._has_end and (self._final is not None or self._finished_with_usage)
         return mark_source(usage, UsageSource.PROVIDER_FINAL if is_final else UsageSource.PROVIDER_PARTIAL)
 
-    def _fail(self, failure: UpstreamFailure) -> None:
+    def fail(self, failure: UpstreamFailure) -> None:
+        """End the stream as failed."""
         self._error = failure
         self.is_done = True
 

@@ -49,6 +49,8 @@ _STATUS_BY_CODE: dict[str, int] = {
     "modelTimeoutException": 408, "throttlingException": 429, "modelNotReadyException": 429,
     "serviceQuotaExceededException": 429, "modelErrorException": 424, "modelStreamErrorException": 424,
     "internalServerException": 500, "serviceUnavailableException": 503,
+    # SageMaker (sagemaker-runtime service-2.json)
+    "ModelStreamError": 424, "InternalStreamFailure": 500,
     # TGI
     "overloaded": 429, "validation": 422, "generation": 424, "incomplete_generation": 500,
     # OpenAI and its followers, inside HTTP 200
@@ -108,6 +110,13 @@ def classify_answer(status: int, headers: Mapping[str, str], body: bytes) -> Ups
     if aws_type:
         foreign = ForeignError(message=foreign.message, type=aws_type, code=foreign.code or aws_type)
     return build_failure(status, foreign, retry_after_s=_read_retry_after(headers))
+
+
+def classify_aws_exception(name: str, payload: Any) -> UpstreamFailure:
+    """Return the failure that an exception message of an AWS event stream stands for."""
+    plain = _find_plain_message(payload) or ForeignError()
+    foreign = ForeignError(message=plain.message, type=name, code=name)
+    return build_failure(_guess_status(foreign) or 502, foreign)
 
 
 def build_invalid_answer(detail: str) -> UpstreamFailure:

@@ -192,3 +192,10 @@ def test_failures_inside_http_200(body, status, code):
     assert result.usage is None
     assert not result.is_complete
     assert result.emitted().is_empty
+
+
+@pytest.mark.parametrize(("endpoint", "member"), [("chat.completions", "choices"), ("embeddings", "data")])
+def test_answer_without_its_content_is_a_failure(endpoint, member):
+    call = build_call({"model": "m"}, endpoint=endpoint)
+    assert parse({"usage": {"prompt_tokens": 3}}, call=call).error.code == "upstream_invalid_response"
+    assert parse({member: [], "usage": {"prompt_tokens": 3}}, call=call).usage == ReportedUsage(3, 0)

@@ -1,0 +1,143 @@
+"""The meter of a stream that is not OpenAI's: events in, chunks of OpenAI's shape out.
+
+A provider derives from TranslatedStreamMeter, cuts its framing into events and says what each event means:
+`say` text, `report` running usage, `end` with a reason, `fail`, and `close` when nothing more can come.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from gateway.contract.token_kind import UsageSource
+from gateway.providers.base import (
+    CallRequest,
+    CallResult,
+    EmittedChoice,
+    EmittedText,
+    ReportedUsage,
+    UpstreamFailure,
+)
+from gateway.providers.chat_translation import build_openai_usage, get_model_name
+from gateway.providers.transcript import TEXT_CHARACTERS_MAX
+from gateway.providers.upstream_errors import build_invalid_answer
+from gateway.sse import build_frame
+from gateway.token_usage import believe_usage, mark_source
+
+
+class TranslatedStreamMeter:
+    """Implements StreamMeter for one choice; `read` is for the provider to write."""
+
+    def __init__(self, *, client_asked_usage: bool, context_tokens_max: int, call: CallRequest | None) -> None:
+        self.last_usage: ReportedUsage | None = None
+        self.is_done = False
+        self.request_id = ""
+        self._asked_usage = client_asked_usage
+        self._context_tokens_max = context_tokens_max
+        self._model = get_model_name(call)
+        self._created_s = int(time.time())
+        self._texts: list[str] = []
+        self._text_characters = 0
+        self._reported_characters = -1
+        self._finish_reason = ""
+        self._has_end = False
+        self._error: UpstreamFailure | None = None
+        self._frames: list[bytes] = []
+
+    def read(self, data: bytes) -> None:
+        """Take in bytes and call the methods below; ValueError means that they are not the protocol."""
+        raise NotImplementedError
+
+    def read_tail(self) -> None:
+        """Look at what is left when the upstream has ended."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the chunks for the client now; see StreamMeter."""
+        if self.is_done:
+            return b""
+        try:
+            self.read(data)
+        except ValueError as error:
+            self.fail(build_invalid_answer(f"The provider's stream is broken: {error}"))
+        frames, self._frames = self._frames, []
+        return b"".join(frames)
+
+    def finish(self) -> CallResult:
+        """Return what was seen; see StreamMeter."""
+        if not self.is_done:
+            self.read_tail()
+        emitted = EmittedText(
+            (EmittedChoice(content="".join(self._texts), finish_reason=self._finish_reason),),
+            is_truncated=self._text_characters > TEXT_CHARACTERS_MAX,
+        )
+        return CallResult(
+            usage=self._settle_usage(),
+            finish_reason=self._finish_reason,
+            provider_request_id=self.request_id,
+            error=self._error,
+            is_complete=self._has_end and self._error is None,
+            emitted=lambda: emitted,
+        )
+
+    def say(self, text: str) -> None:
+        """Send text to the client."""
+        if not text or self.is_done:
+            return
+        if not self._text_characters:
+            self._add_chunk([_build_choice({"role": "assistant", "content": ""})])
+        self._text_characters += len(text)
+        if self._text_characters <= TEXT_CHARACTERS_MAX:
+            self._texts.append(text)
+        self._add_chunk([_build_choice({"content": text})])
+
+    def report(self, usage: ReportedUsage) -> None:
+        """Take running or final usage, if it is believable: it covers all text so far."""
+        believed = believe_usage(usage, context_tokens_max=self._context_tokens_max, choices_count=1)
+        if believed is not None:
+            self.last_usage = believed
+            self._reported_characters = self._text_characters
+
+    def end(self, finish_reason: str) -> None:
+        """Remember why the answer ended."""
+        self._finish_reason = finish_reason
+
+    def fail(self, failure: UpstreamFailure) -> None:
+        """End the stream as failed."""
+        if not self.is_done:
+            self._error = failure
+            self.is_done = True
+
+    def close(self) -> None:
+        """End the stream as complete: the finish chunk, and the usage if the client asked for it."""
+        if self.is_done:
+            return
+        self._add_chunk([_build_choice({}, self._finish_reason or "stop")])
+        usage = self._settle_usage()
+        if self._asked_usage and usage is not None:
+            self._add_chunk([], usage=build_openai_usage(usage))
+        self._has_end = self.is_done = True
+
+    def _settle_usage(self) -> ReportedUsage | None:
+        usage = self.last_usage
+        if usage is None or self._reported_characters != self._text_characters:
+            return None
+        if usage.output_tokens == 0 and self._text_characters:
+            return None
+        return mark_source(usage, UsageSource.PROVIDER_FINAL if self._has_end else UsageSource.PROVIDER_PARTIAL)
+
+    def _add_chunk(self, choices: list[dict[str, Any]], **members: Any) -> None:
+        chunk = {
+            "id": self.request_id,
+            "object": "chat.completion.chunk",
+            "created": self._created_s,
+            "model": self._model,
+            "choices": choices,
+            **members,
+        }
+        self._frames.append(build_frame(msgspec.json.encode(chunk)))
+
+
+def _build_choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
