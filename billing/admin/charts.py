@@ -30,8 +30,8 @@ class Series:
 def compute_ceiling(greatest: Decimal) -> Decimal:
     """Return the least round number, one of STEPS × 10^n, that is not below `greatest`.
 
-    >>> compute_ceiling(Decimal("37")), compute_ceiling(Decimal("0.0213"))
-    (Decimal('40'), Decimal('0.024'))
+    >>> [f"{compute_ceiling(Decimal(greatest)):f}" for greatest in ("37", "0.0213", "0")]
+    ['40', '0.024', '1']
     """
     if greatest <= 0:
         return Decimal(1)

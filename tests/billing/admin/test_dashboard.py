@@ -7,7 +7,7 @@ import pytest
 from redis import RedisError
 
 from billing.core.conversion import ConversionRate
-from billing.models import Invoice, PriceBook, RateCard, ServedModel
+from billing.models import Invoice, PriceBook, ServedModel
 from billing.selectors import dashboard as selectors
 from metering.models import Producer, SequenceGap
 from tests.billing import scenario
@@ -64,24 +64,29 @@ def test_charges_per_day_of_use(house):
 
 
 def test_charges_per_day_follow_the_prices_of_the_day_and_the_kinds_of_tokens(house):
-    """On 25 November input costs 2.00 and cached input 0.50; reasoning has no price of its own."""
+    """Of another model: from 10 November on input costs 2.00 and cached input 0.50; reasoning has no own price."""
+    model = scenario.create_model("llama-3-8b-instruct", owner="meta")
     book = PriceBook.objects.get(slug="usd-list")
-    RateCard.objects.filter(price_book=book).update(effective_to=date(2026, 11, 24))
+    scenario.create_card(book, model, {"input": "1.00", "output": "1.00"}, end=date(2026, 11, 10))
     prices = {"input": "2.00", "cached_input": "0.50", "output": "4.00"}
-    scenario.create_card(book, ServedModel.objects.get(), prices, start=date(2026, 11, 24))
-    use(
-        "acme",
-        datetime(2026, 11, 24, 6, tzinfo=UTC),
-        input_tokens=1_000_000,
-        cached_input_tokens=400_000,
-        output_tokens=100_000,
-        reasoning_tokens=50_000,
+    scenario.create_card(book, model, prices, start=date(2026, 11, 10))
+    upstream = scenario.create_upstream(
+        "bedrock-llama-3-8b", model, provider="bedrock", book=PriceBook.objects.get(slug="bedrock-us-east-1")
     )
-    use("acme", datetime(2026, 11, 24, 7, tzinfo=UTC), outcome="upstream_error")
-    # 0.6M × 2.00 + 0.4M × 0.50 + 0.1M × 4.00
-    assert (date(2026, 11, 24), "USD", Decimal("1.8")) in selectors.list_daily_charges(
-        date(2026, 11, 24), date(2026, 11, 25)
-    )
+    tokens = {
+        "input_tokens": 1_000_000,
+        "cached_input_tokens": 400_000,
+        "output_tokens": 100_000,
+        "reasoning_tokens": 50_000,
+    }
+    acme = house.tenant("acme")
+    scenario.add_usage(acme, upstream, on=date(2026, 11, 9), **tokens)
+    scenario.add_usage(acme, upstream, on=date(2026, 11, 10), **tokens)
+    scenario.add_usage(acme, upstream, on=date(2026, 11, 10), outcome="upstream_error", **tokens)
+    assert selectors.list_daily_charges(date(2026, 11, 9), date(2026, 11, 11)) == [
+        (date(2026, 11, 9), "USD", Decimal("1.1")),
+        (date(2026, 11, 10), "USD", Decimal("1.8")),  # 0.6M × 2.00 + 0.4M × 0.50 + 0.1M × 4.00
+    ]
 
 
 def test_documents_due(house):
@@ -165,8 +170,8 @@ def test_page_of_an_earlier_month(house, root):
     assert root.get("/admin/", {"month": "2026-13"}).context["next_month"] is None
 
 
-def test_missing_rate_is_said_and_not_guessed(house, root):
-    scenario.ExchangeRate.objects.all().delete()
+def test_missing_rate_is_said_and_not_guessed(house, root, monkeypatch):
+    monkeypatch.setattr("billing.admin.dashboard.get_conversion_rates", lambda before: {})
     cards = {card["name"]: card for card in root.get("/admin/").context["cards"]}
     assert cards["Margin"]["values"] == [("—", "")]
     assert cards["Margin"]["more"] == ["an exchange rate to USD is missing"]

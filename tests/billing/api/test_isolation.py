@@ -1,0 +1,87 @@
+"""One tenant never sees another's data: every route of the API must have an entry here, or this file fails."""
+
+import pytest
+from django.urls import get_resolver, reverse
+from django.urls.resolvers import URLResolver
+
+from billing.api.authentication import MayReadBills, TenantCaller, get_own_tenant_id
+from billing.api.views import BillsView
+from billing.models import Invoice
+
+# Not about tenants: what the API looks like.
+PUBLIC = {"api_schema", "api_docs"}
+
+
+def get_number(tenant):
+    return Invoice.objects.get(tenant__party__slug=tenant, status="FINALIZED").full_number
+
+
+def check_invoice_list(own, other):
+    def numbers(client):
+        return [row["number"] for row in client.get(reverse("api_invoices")).json()["results"]]
+
+    assert numbers(own) == [get_number("acme")]
+    assert numbers(other) == [get_number("globex")]
+
+
+def check_invoice(own, other):
+    url = reverse("api_invoice", args=[get_number("acme")])
+    assert own.get(url).json()["tenant"] == "acme"
+    assert other.get(url).status_code == 404
+
+
+def check_invoice_document(own, other):
+    for extension in ("pdf", "csv", "json"):
+        url = reverse("api_invoice_document", args=[get_number("acme"), extension])
+        assert own.get(url).status_code == 200
+        assert other.get(url).status_code == 404
+
+
+def check_usage(own, other):
+    asked = {"start": "2026-10-01", "end": "2026-12-01", "by": "tenant"}
+    assert [row["tenant"] for row in own.get(reverse("api_usage"), asked).json()["results"]] == ["acme"]
+    assert [row["tenant"] for row in other.get(reverse("api_usage"), asked).json()["results"]] == ["globex"]
+    assert other.get(reverse("api_usage"), asked | {"tenant": "acme"}).status_code == 403
+
+
+ISOLATION = {
+    "api_invoices": check_invoice_list,
+    "api_invoice": check_invoice,
+    "api_invoice_document": check_invoice_document,
+    "api_usage": check_usage,
+}
+
+
+def list_api_routes(resolver=None, prefix=""):
+    """Yield (path, name, view) of every route below /api/."""
+    for entry in (resolver or get_resolver()).url_patterns:
+        path = prefix + str(entry.pattern).removeprefix("^")
+        if isinstance(entry, URLResolver):
+            if "api/".startswith(path) or path.startswith("api/"):
+                yield from list_api_routes(entry, path)
+        elif path.startswith("api/"):
+            yield path, entry.name, entry.callback
+
+
+def test_every_route_has_an_isolation_test():
+    names = {name for _, name, _ in list_api_routes()}
+    assert names == set(ISOLATION) | PUBLIC, "give each new route of the API an entry in ISOLATION"
+
+
+def test_every_route_is_authenticated_and_limited():
+    for path, name, view in list_api_routes():
+        if name not in PUBLIC:
+            assert path.startswith("api/v1/"), path
+            assert issubclass(view.cls, BillsView), path
+            assert view.cls.permission_classes == (MayReadBills,), path
+
+
+@pytest.mark.parametrize("name", ISOLATION)
+def test_tenant_sees_its_own_only(acme, globex, name):
+    ISOLATION[name](acme, globex)
+
+
+def test_limit_is_the_tenant_of_the_key(acme, rf):
+    request = rf.get("/")
+    request.user = TenantCaller(Invoice.objects.get(status="FINALIZED", tenant__party__slug="acme").tenant, None)
+    assert get_own_tenant_id(request) == request.user.tenant.pk
