@@ -182,14 +182,27 @@ def test_two_connections_with_one_key_and_two_payloads_conflict(committed_world:
     assert JournalEntry.objects.count() == 1
 
 
-def test_keys_in_opposite_order_do_not_deadlock(committed_world: World) -> None:
-    batch = [(f"k{number:03}", build_transfer(str(number))) for number in range(1, 200)]
-    orders = iter([batch, batch[::-1], batch, batch[::-1]])
-    results = run_at_once(
-        lambda order: sorted(entry.pk for entry in post_journal_entries(order)), count=4, arguments=orders
-    )
-    assert all(result == results[0] for result in results)
-    assert JournalEntry.objects.count() == 199
+def test_keys_are_taken_in_one_order(committed_world: World, connect_as: Callable[[str], psycopg.Connection]) -> None:
+    """A writer of (z, a) takes "a" first, as one of (a, z) does: neither can hold what the other waits for."""
+    post_journal_entry("first", build_transfer("1"))
+    other = connect_as("owner")
+    other.execute("SET lock_timeout = '300ms'")
+    other.commit()
+    take = """
+        INSERT INTO billing_journalkey (book_id, key, payload_sha256, journal_entry_id)
+        SELECT id, %s, '', %s FROM billing_book WHERE tenant_id IS NULL
+    """
+    other.execute(take, ("z", -1))
+    results: list[object] = []
+    batch = [("z", build_transfer("1")), ("a", build_transfer("2"))]
+    thread = threading.Thread(target=lambda: results.append(capture(lambda: len(post_journal_entries(batch)))))
+    thread.start()
+    wait_until_blocked(other)
+    with pytest.raises(psycopg.errors.LockNotAvailable):
+        other.execute(take, ("a", -2))  # the thread, which waits for "z", has it
+    other.rollback()
+    thread.join(timeout=10)
+    assert results == [2]
 
 
 def test_two_reversals_at_once_make_one(committed_world: World) -> None:
@@ -216,8 +229,8 @@ def test_closing_waits_for_the_postings_under_way(
     late: list[object] = []
     thread = threading.Thread(target=lambda: late.append(capture(lambda: post_journal_entry("b", build_transfer("2")))))
     thread.start()
-    time.sleep(0.2)
-    assert late == []  # waits for the close
+    wait_until_blocked(closer)
+    assert late == []
     closer.commit()
     thread.join(timeout=10)
     assert [type(result) for result in late] == [ClosedPeriodError]
@@ -255,6 +268,18 @@ def run_at_once(act: Callable, *, count: int, arguments: object = None) -> list:
         thread.join(timeout=30)
     assert len(results) == count
     return results
+
+
+def wait_until_blocked(raw: psycopg.Connection) -> None:
+    """Wait until another session waits for a lock that this one holds."""
+    for _ in range(500):
+        blocked = raw.execute(
+            "SELECT 1 FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
+        )
+        if blocked.fetchone():
+            return
+        time.sleep(0.01)
+    raise AssertionError("nobody waits")
 
 
 def capture(act: Callable) -> object:
