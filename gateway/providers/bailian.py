@@ -37,7 +37,9 @@ class Bailian:
         parameters: dict[str, Any] = {"result_format": "message", **chat.options}
         if chat.output_tokens_max is not None:
             parameters["max_tokens"] = chat.output_tokens_max
-        headers = [(b"content-type", b"application/json"), (b"authorization", b"Bearer " + credential.encode())]
+        headers = [(b"content-type", b"application/json")]
+        if credential:
+            headers.append((b"authorization", b"Bearer " + credential.encode()))
         if call.streamed:
             parameters["incremental_output"] = True
             headers.append((b"x-dashscope-sse", b"enable"))
