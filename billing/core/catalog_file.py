@@ -29,7 +29,17 @@ BPS_MAX = 10_000
 TOKEN_KINDS = ("input", "cached_input", "cache_write", "output", "reasoning")
 REQUIRED_TOKEN_KINDS = ("input", "output")
 # The provider modules of the gateway, which billing does not import; a test compares.
-UPSTREAM_KINDS = ("openai_compatible", "sandbox", "vllm")
+UPSTREAM_KINDS = (
+    "azure_ai",
+    "bailian",
+    "bedrock",
+    "llama_server",
+    "openai_compatible",
+    "qianfan_v1",
+    "sagemaker",
+    "sandbox",
+    "vllm",
+)
 
 
 @dataclass(frozen=True, slots=True)
