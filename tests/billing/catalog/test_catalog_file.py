@@ -112,8 +112,7 @@ def test_prices_are_plain_digits(price):
         parse_catalog({"price_books": [book]})
 
 
-def test_days_lineage_and_magnitudes_are_checked():
-    catalog = read_catalog_file(b"""
+CONTRADICTIONS = b"""
 [[parties]]
 slug = "meta"
 name = "Meta"
@@ -175,7 +174,11 @@ tax_rate_bps = 600
 [[tenants.contracts]]
 price_book = "usd"
 effective_from = 2026-01-01
-""")
+"""
+
+
+def test_days_lineage_and_magnitudes_are_checked():
+    catalog = read_catalog_file(CONTRADICTIONS)
     assert [str(problem) for problem in check_catalog(catalog, KnownRecords(timezones=frozenset({"UTC"})))] == [
         "language_models 'a': base_model leads back to itself (a → b → a); remove one base_model",
         "served_models 'a': context_tokens_max is greater than the 8192 of 'a'; lower it",
