@@ -87,7 +87,7 @@ def configure(folder: Path, postgres: EmbeddedPostgres, server: EmbeddedRedis) -
         "DJANGO_SETTINGS_MODULE": "billing.config.settings",
     }
     os.environ.update(environment)
-    migrate = [sys.executable, "manage.py", "migrate", "metering", "--skip-checks", "--verbosity", "0"]
+    migrate = [sys.executable, "manage.py", "migrate", "--verbosity", "0"]
     subprocess.run(migrate, check=True)
     start_django()
 
