@@ -12,6 +12,7 @@ from django.urls import reverse
 from django.utils.html import format_html
 from unfold.decorators import action, display
 
+from billing.admin.formats import format_days
 from billing.admin.operations import get_target, require_permission
 from billing.admin.read_only import ReadOnlyAdmin
 from billing.core.errors import BillingError
@@ -57,7 +58,10 @@ class SettlementPeriodAdmin(ReadOnlyAdmin):
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None
     ) -> HttpResponse:
         period = self.get_object(request, object_id)
-        context = {**(extra_context or {}), "steps": _describe_steps(period) if period else []}
+        context = extra_context or {}
+        if period is not None:
+            days = format_days(period.period_start, period.period_end)
+            context = context | {"steps": _describe_steps(period), "days": days}
         return super().change_view(request, object_id, form_url, context)
 
     def has_close_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:

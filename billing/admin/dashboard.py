@@ -256,7 +256,10 @@ def _get_list_link(table: str) -> str | None:
 
 
 def _show_age(at: datetime | None) -> str:
-    return f"{timesince(at, depth=1)} ago" if at else "—"
+    if at is None:
+        return "—"
+    is_fresh = timezone.now() - at < timedelta(minutes=1)
+    return "just now" if is_fresh else f"{timesince(at, depth=1)} ago"
 
 
 def _build_usage_chart(usage: Sequence[DailyUsage], days: Sequence[date], names: Mapping[int, str]) -> dict[str, Any]:

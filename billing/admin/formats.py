@@ -7,6 +7,7 @@ exact value in the tooltip.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import date, timedelta
 from decimal import Decimal
 
 from django.utils.html import format_html
@@ -94,6 +95,15 @@ def format_compact(count: int) -> str:
             digits = 2 if abs(shown) < 10 else 1 if abs(shown) < 100 else 0
             return f"{shown:.{digits}f}{letter}".replace("-", MINUS)
     return format_count(count)
+
+
+def format_days(start: date, end: date) -> str:
+    """Return the days `[start, end)` as people say them: first and last.
+
+    >>> format_days(date(2026, 10, 1), date(2026, 11, 1))
+    '2026-10-01 – 2026-10-31'
+    """
+    return f"{start} – {end - timedelta(days=1)}"
 
 
 def format_bps(bps: int) -> str:

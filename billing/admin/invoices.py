@@ -18,12 +18,13 @@ from unfold.widgets import UnfoldAdminDateWidget, UnfoldAdminTextInputWidget
 from billing.admin.formats import (
     format_bps,
     format_count,
+    format_days,
     format_exact,
     format_minor,
     format_price,
     render_number,
 )
-from billing.admin.operations import Operation, get_target, require_permission, run_operation
+from billing.admin.operations import Operation, get_target, run_operation
 from billing.admin.read_only import ReadOnlyAdmin
 from billing.api.downloads import CONTENT_TYPES, build_invoice_download
 from billing.models import Invoice, InvoiceLine
@@ -139,7 +140,6 @@ class InvoiceAdmin(ReadOnlyAdmin):
     @action(description="Finalize…", icon="task_alt", url_path="finalize", permissions=["finalize"])
     def finalize_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """Number and freeze a draft."""
-        require_permission(request, "billing.change_invoice")
         invoice = get_target(self, request, object_id)
 
         def perform(_: dict[str, Any]) -> str:
@@ -166,7 +166,6 @@ class InvoiceAdmin(ReadOnlyAdmin):
     @action(description="Record payment…", icon="payments", url_path="payment", permissions=["settle"])
     def payment_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """Record that the whole total has arrived."""
-        require_permission(request, "billing.change_invoice")
         invoice = get_target(self, request, object_id)
 
         def perform(cleaned: dict[str, Any]) -> str:
@@ -190,7 +189,6 @@ class InvoiceAdmin(ReadOnlyAdmin):
     @action(description="Void…", icon="block", url_path="void", permissions=["settle"])
     def void_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """Cancel a finalized invoice before it is paid."""
-        require_permission(request, "billing.change_invoice")
         invoice = get_target(self, request, object_id)
 
         def perform(cleaned: dict[str, Any]) -> str:
@@ -239,6 +237,7 @@ def _describe_invoice(invoice: Invoice) -> dict[str, Any]:
     }
     return {
         "invoice": invoice,
+        "days": format_days(invoice.period_start, invoice.period_end),
         "lines": [_describe_line(line, invoice.currency) for line in lines[:LINES_SHOWN_MAX]],
         "lines_left_off": len(lines) > LINES_SHOWN_MAX,
         "documents": list_document_links(invoice),

@@ -69,7 +69,11 @@ class UsageView(UnfoldSiteViewMixin, TemplateView):
 
     def get_context_data(self, **kwargs: Any) -> dict[str, Any]:
         asked = self._read_question()
-        context = super().get_context_data(**kwargs) | asked | {"dimensions": DIMENSIONS}
+        context = (
+            super().get_context_data(**kwargs)
+            | asked
+            | {"dimensions": [(name, name.replace("_", " ")) for name in DIMENSIONS]}
+        )
         try:
             rows = list_usage(**_to_arguments(asked), rows_max=ROWS_SHOWN_MAX + 1)
         except BillingError as error:

