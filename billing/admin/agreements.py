@@ -17,7 +17,7 @@ from unfold.widgets import UnfoldAdminSelectWidget, UnfoldAdminTextInputWidget, 
 
 from billing.admin.catalog import ListedInline
 from billing.admin.configuration import ConfigurationAdmin
-from billing.admin.formats import format_amount, format_bps
+from billing.admin.formats import YEARS, format_amount, format_bps
 from billing.admin.operations import get_target
 from billing.admin.versions import EndableMixin
 from billing.core.errors import InvalidPeriodError
@@ -61,9 +61,12 @@ class ClausesForm(forms.Form):
 
     def clean_month(self) -> Month:
         try:
-            return Month.parse(self.cleaned_data["month"])
+            month = Month.parse(self.cleaned_data["month"])
         except InvalidPeriodError as error:
             raise forms.ValidationError(str(error)) from error
+        if month.year not in YEARS:
+            raise forms.ValidationError(f"there is no usage of {month}")
+        return month
 
     def build_clauses(self) -> ProposedClauses:
         """Return the clauses of a valid form, in basis points."""

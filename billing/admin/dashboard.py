@@ -16,6 +16,7 @@ from django.utils.timesince import timesince
 from billing.admin.charts import COLOURS, Series, render_daily_bars
 from billing.admin.formats import (
     MINUS,
+    YEARS,
     format_amount,
     format_compact,
     format_count,
@@ -71,9 +72,10 @@ def build_dashboard(request: HttpRequest, context: dict[str, Any]) -> dict[str, 
 
 def _read_month(request: HttpRequest, today: date) -> Month:
     try:
-        return Month.parse(request.GET.get("month", ""))
+        month = Month.parse(request.GET.get("month", ""))
     except InvalidPeriodError:
         return Month.of(today)
+    return month if month.year in YEARS else Month.of(today)
 
 
 def _list_days(start: date, end: date) -> list[date]:

@@ -17,6 +17,8 @@ from billing.core.currencies import get_exponent
 from billing.core.money import Money, round_to_minor, to_decimal
 
 MINUS = "−"
+# Months that a person may ask for; each has one before and one after.
+YEARS = range(2000, 2100)
 
 
 def _group(number: Decimal, decimals: int) -> str:

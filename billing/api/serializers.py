@@ -14,7 +14,7 @@ class InvoiceQuestion(serializers.Serializer):
     """Which invoices are asked for."""
 
     status = serializers.ChoiceField(STATUSES, required=False)
-    period = serializers.RegexField(r"^[0-9]{4}-(0[1-9]|1[0-2])$", required=False, help_text="YYYY-MM")
+    period = serializers.RegexField(r"^20[0-9]{2}-(0[1-9]|1[0-2])$", required=False, help_text="YYYY-MM")
 
 
 class InvoiceSummary(serializers.ModelSerializer):
@@ -109,3 +109,9 @@ class UsagePage(serializers.Serializer):
 
     next_offset = serializers.IntegerField(allow_null=True)
     results = UsageRow(many=True)
+
+
+class Problem(serializers.Serializer):
+    """Why a request was refused."""
+
+    detail = serializers.CharField()

@@ -9,7 +9,7 @@ from django.http import HttpResponse
 from django.shortcuts import get_object_or_404
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
-from rest_framework.exceptions import PermissionDenied, ValidationError
+from rest_framework.exceptions import NotFound, PermissionDenied, ValidationError
 from rest_framework.generics import ListAPIView, RetrieveAPIView
 from rest_framework.pagination import PageNumberPagination
 from rest_framework.request import Request
@@ -27,6 +27,7 @@ from billing.api.serializers import (
     InvoiceDetail,
     InvoiceQuestion,
     InvoiceSummary,
+    Problem,
     UsagePage,
     UsageQuestion,
 )
@@ -35,6 +36,8 @@ from billing.core.periods import Month
 from billing.models import Invoice, Tenant
 from billing.selectors.usage_report import list_usage
 
+REFUSALS = {401: Problem, 403: Problem}
+BAD_QUESTION = OpenApiResponse(OpenApiTypes.OBJECT, description="a list of problems for each parameter")
 NUMBER = OpenApiParameter("number", str, OpenApiParameter.PATH, description="as printed, e.g. TB-2026-000042")
 
 
@@ -87,7 +90,11 @@ class InvoiceListView(BillsView, ListAPIView):
             invoices = invoices.filter(period_start=Month.parse(period).start)
         return invoices
 
-    @extend_schema(operation_id="listInvoices", parameters=[InvoiceQuestion])
+    @extend_schema(
+        operation_id="listInvoices",
+        parameters=[InvoiceQuestion],
+        responses={200: InvoiceSummary(many=True), 400: BAD_QUESTION, 404: Problem, **REFUSALS},
+    )
     def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """List invoices."""
         return super().get(request, *args, **kwargs)
@@ -101,7 +108,9 @@ class InvoiceView(BillsView, RetrieveAPIView):
     def get_object(self) -> Invoice:
         return get_invoice(self.request, self.kwargs["number"])
 
-    @extend_schema(operation_id="getInvoice", parameters=[NUMBER])
+    @extend_schema(
+        operation_id="getInvoice", parameters=[NUMBER], responses={200: InvoiceDetail, 404: Problem, **REFUSALS}
+    )
     def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Return an invoice."""
         return super().get(request, *args, **kwargs)
@@ -114,19 +123,28 @@ class InvoiceDocumentView(BillsView):
         operation_id="getInvoiceDocument",
         parameters=[NUMBER, OpenApiParameter("extension", str, OpenApiParameter.PATH, enum=list(CONTENT_TYPES))],
         responses={
-            (200, content_type.partition(";")[0]): OpenApiResponse(OpenApiTypes.BINARY)
-            for content_type in CONTENT_TYPES.values()
+            (200, "application/pdf"): OpenApiTypes.BINARY,
+            (200, "text/csv"): OpenApiTypes.STR,
+            (200, "application/json"): OpenApiTypes.OBJECT,
+            404: Problem,
+            **REFUSALS,
         },
     )
     def get(self, request: Request, number: str, extension: str) -> HttpResponse:
         """Download the PDF, CSV or canonical JSON of an invoice."""
+        if extension not in CONTENT_TYPES:
+            raise NotFound(f"there is no such document; there is: {', '.join(CONTENT_TYPES)}")
         return build_invoice_download(get_invoice(request, number), extension)
 
 
 class UsageView(BillsView):
     """Calls and tokens."""
 
-    @extend_schema(operation_id="listUsage", parameters=[UsageQuestion], responses=UsagePage)
+    @extend_schema(
+        operation_id="listUsage",
+        parameters=[UsageQuestion],
+        responses={200: UsagePage, 400: BAD_QUESTION, 404: Problem, **REFUSALS},
+    )
     def get(self, request: Request) -> Response:
         """Return usage by day and served model, or by what is asked for."""
         asked = UsageQuestion(data=request.query_params)
@@ -143,7 +161,7 @@ class UsageView(BillsView):
                 offset=offset,
             )
         except InvalidInputError as error:
-            raise ValidationError(str(error), code=error.code) from error
+            raise ValidationError({"non_field_errors": [str(error)]}, code=error.code) from error
         page = {"next_offset": offset + limit if len(rows) > limit else None, "results": rows[:limit]}
         return Response(UsagePage(page).data)
 

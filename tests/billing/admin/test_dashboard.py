@@ -167,7 +167,11 @@ def test_page_of_an_earlier_month(house, root):
     assert cards["Usage"]["values"] == [("2", "calls"), ("1.90M", "tokens")]
     assert cards["Usage"]["more"] == ["last month 0 · 0"]
     assert str(response.context["next_month"]) == "2026-11"
-    assert root.get("/admin/", {"month": "2026-13"}).context["next_month"] is None
+
+
+@pytest.mark.parametrize("month", ["2026-13", "0000-01", "0001-01", "9998-12", "9999-12", "x", ""])
+def test_month_that_there_is_not_shows_the_present_one(house, root, month):
+    assert root.get("/admin/", {"month": month}).context["month"] == NOVEMBER
 
 
 def test_missing_rate_is_said_and_not_guessed(house, root, monkeypatch):

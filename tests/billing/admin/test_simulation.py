@@ -82,7 +82,8 @@ def test_page_shows_the_difference_and_stores_nothing(agreement, auditor):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"month": "2026-13"}, {"basis": "HALF"}, {"royalty_rate": "101"}, {"royalty_rate": "0.001"}]
+    "changes",
+    [{"month": "2026-13"}, {"month": "9998-12"}, {"basis": "HALF"}, {"royalty_rate": "101"}, {"royalty_rate": "0.001"}],
 )
 def test_clauses_that_make_no_sense_are_refused(agreement, auditor, changes):
     url = reverse("admin:billing_agreement_simulate_page", args=[agreement.pk])

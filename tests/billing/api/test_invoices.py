@@ -66,7 +66,9 @@ def test_filters(acme, asked, count):
     assert len(acme.get(LIST, asked).json()["results"]) == count
 
 
-@pytest.mark.parametrize("asked", [{"status": "DRAFT"}, {"period": "2026-13"}, {"period": "2026"}])
+@pytest.mark.parametrize(
+    "asked", [{"status": "DRAFT"}, {"period": "2026-13"}, {"period": "2026"}, {"period": "0000-01"}]
+)
 def test_filter_that_makes_no_sense_is_refused(acme, asked):
     response = acme.get(LIST, asked)
     assert response.status_code == 400

@@ -92,3 +92,8 @@ def test_tenant_is_not_told_whether_another_exists(acme):
 )
 def test_question_that_makes_no_sense_is_refused(acme, asked):
     assert acme.get(USAGE, asked).status_code == 400
+
+
+def test_refusal_names_its_reason(acme):
+    asked = {"start": "2026-10-02", "end": "2026-10-01"}
+    assert acme.get(USAGE, asked).json() == {"non_field_errors": ["ask for 1 to 366 days"]}
