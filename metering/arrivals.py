@@ -21,10 +21,8 @@ from metering.core.attribution import INT64_MAX
 
 PRODUCER_NAME_LENGTH_MAX = 200
 
-# The columns of a staged row, in the order of `StagedRowPacker.pack`, and their PostgreSQL types.
-STAGING_COLUMNS = (
-    ("arrival", "integer"),
-    ("is_replay", "boolean"),
+# The columns of a row, in the order of `RowPacker.pack`, and their PostgreSQL types.
+EVENT_COLUMNS = (
     ("call_id", "uuid"),
     ("tenant_id", "bigint"),
     ("api_key_id", "bigint"),
@@ -32,6 +30,7 @@ STAGING_COLUMNS = (
     ("provider_id", "bigint"),
     ("upstream_id", "bigint"),
     ("occurred_at", "timestamptz"),
+    ("recording_id", "bigint"),
     ("seq", "bigint"),
     ("total_us", "bigint"),
     ("producer_id", "bigint"),
@@ -53,12 +52,13 @@ STAGING_COLUMNS = (
     ("counted_output_tokens", "integer"),
     ("detail", "jsonb"),
 )
-COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-COPY_TRAILER = b"\xff\xff"
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_TRAILER = b"\xff\xff"
+
+_COPY_CHUNK_ROWS = 500
 
 # Each value is its length in bytes, then itself; -1 is NULL.
-_FIXED = struct.Struct(">h" + "ii" + "i?" + "i16s" + "iq" * 9 + "ii" + "ii" * 5 + "i?")
-_FIXED_ARGUMENT_COUNT = len(STAGING_COLUMNS)
+_FIXED = struct.Struct(">" + "i16s" + "iq" * 10 + "ii" + "ii" * 5 + "i?")
 _NULL = struct.pack(">i", -1)
 _LENGTH = struct.Struct(">i")
 _INT8 = struct.Struct(">iq")
@@ -102,29 +102,34 @@ def _refuse_producer(body: bytes) -> Undecodable:
     return Undecodable(body, "producer, sequence number or call id out of bounds")
 
 
-class StagedRowPacker:
-    """Packs events into rows of the staging table in PostgreSQL's binary COPY format."""
+class RowPacker:
+    """Packs events into the rows of PostgreSQL's binary COPY format."""
 
     def __init__(self) -> None:
         self._texts: dict[tuple[str, str, str, str, str], bytes] = {}
 
-    def pack(self, event: UsageEvent, *, arrival: int, is_replay: bool, producer_id: int, usage_on: date) -> bytes:
-        """Return one row. The event must have passed attribution: its values fit their columns."""
+    def pack(self, event: UsageEvent, recording_id: int, producer_id: int, usage_on: date) -> bytes:
+        """Return the values of one row. The event must have passed attribution: its values fit their columns.
+
+        Positional against the rule of three: keywords cost a tenth of the call, for every event.
+        """
+        # fmt: off
         fixed = _FIXED.pack(
-            _FIXED_ARGUMENT_COUNT,
-            *(4, arrival, 1, is_replay, 16, bytes.fromhex(event.call_id.replace("-", ""))),
-            *(8, event.tenant_id, 8, event.api_key_id, 8, event.served_model_id),
-            *(8, event.provider_id, 8, event.upstream_id),
-            *(8, event.occurred_at_us - _POSTGRES_EPOCH_US, 8, event.seq, 8, event.total_us, 8, producer_id),
-            *(4, usage_on.toordinal() - _POSTGRES_EPOCH_ORDINAL),
-            *(4, event.input_tokens, 4, event.cached_input_tokens, 4, event.cache_write_tokens),
-            *(4, event.output_tokens, 4, event.reasoning_tokens, 1, event.streamed),
+            16, bytes.fromhex(event.call_id.replace("-", "")),
+            8, event.tenant_id, 8, event.api_key_id, 8, event.served_model_id,
+            8, event.provider_id, 8, event.upstream_id, 8, event.occurred_at_us - _POSTGRES_EPOCH_US,
+            8, recording_id, 8, event.seq, 8, event.total_us, 8, producer_id,
+            4, usage_on.toordinal() - _POSTGRES_EPOCH_ORDINAL,
+            4, event.input_tokens, 4, event.cached_input_tokens, 4, event.cache_write_tokens,
+            4, event.output_tokens, 4, event.reasoning_tokens, 1, event.streamed,
         )
+        # fmt: on
         texts = (event.outcome, event.usage_source, event.endpoint, event.region, event.finish_reason)
         packed_texts = self._texts.get(texts)
         if packed_texts is None:
             packed_texts = self._remember(texts)
-        return b"".join((fixed, packed_texts, _pack_text(event.provider_request_id), _pack_rest(event)))
+        request_id = event.provider_request_id.encode()
+        return b"".join((fixed, packed_texts, _LENGTH.pack(len(request_id)), request_id, _pack_rest(event)))
 
     def _remember(self, texts: tuple[str, str, str, str, str]) -> bytes:
         if len(self._texts) >= _REMEMBERED_TEXTS_MAX:
@@ -170,3 +175,19 @@ def _pack_detail(event: UsageEvent) -> bytes:
         detail["labels"] = event.labels
     data = b"\x01" + _json_encoder.encode(detail)  # the version of jsonb's binary form, then its text
     return _LENGTH.pack(len(data)) + data
+
+
+def pack_arrival(position: int) -> bytes:
+    """Return the value of a staged row's last column, which says which arrival it is."""
+    return _INT4.pack(4, position)
+
+
+def copy_rows(cursor: Any, table: str, rows: Sequence[bytes], *columns: str) -> None:
+    """COPY packed rows into EVENT_COLUMNS of `table` and, after them, further `columns`."""
+    names = [*(name for name, _ in EVENT_COLUMNS), *columns]
+    begin = struct.pack(">h", len(names))  # every row begins with the number of its values
+    with cursor.copy(f"COPY {table} ({', '.join(names)}) FROM STDIN (FORMAT BINARY)") as copy:
+        copy.write(_COPY_HEADER)
+        for start in range(0, len(rows), _COPY_CHUNK_ROWS):
+            copy.write(begin + begin.join(rows[start : start + _COPY_CHUNK_ROWS]))
+        copy.write(_COPY_TRAILER)

@@ -7,6 +7,7 @@ still in the stream, or recorded; where it is both, its sequence numbers say so.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import random
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psycopg
 from django.db import DatabaseError, OperationalError, connection, transaction
@@ -53,8 +55,7 @@ class DrainResult:
     batches: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ReadEntry:
+class ReadEntry(NamedTuple):
     """A stream entry and what it is."""
 
     stream_id: bytes
@@ -135,7 +136,8 @@ def _record_with_retries(batch: _Batch, result: DrainResult, *, is_waiting: bool
     """Record, and again where the database chose this transaction as a victim."""
     for attempt in range(_RETRIES_MAX + 1):
         try:
-            last_id = _record_batch(batch, result, is_waiting=is_waiting)
+            with _without_cycle_collection():
+                last_id = _record_batch(batch, result, is_waiting=is_waiting)
         except (OperationalError, psycopg.OperationalError) as error:
             if attempt == _RETRIES_MAX or _get_sqlstate(error) not in _RETRYABLE_SQLSTATES:
                 raise
@@ -145,6 +147,18 @@ def _record_with_retries(batch: _Batch, result: DrainResult, *, is_waiting: bool
             failpoints.reach("after_commit")
             return last_id
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def _without_cycle_collection() -> Iterator[None]:
+    """A batch makes 100,000 objects and no cycles: looking for cycles among them is a tenth of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _get_sqlstate(error: Exception) -> str | None:

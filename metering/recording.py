@@ -10,18 +10,20 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import psycopg
-from django.db import DataError, connection
+from django.db import DataError, connection, transaction
 
 from gateway.contract import usage_event
 from gateway.contract.usage_event import EventDecodeError, Superseded, UsageEvent
 from metering import failpoints
-from metering.arrivals import COPY_HEADER, COPY_TRAILER, STAGING_COLUMNS, StagedRowPacker
+from metering.arrivals import RowPacker, copy_rows, pack_arrival
+from metering.core.aggregation import sum_cells
 from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason, find_quarantine_reason
-from metering.core.windows import US_PER_HOUR, UsageDayFinder, get_instant
+from metering.core.windows import US_PER_HOUR, UsageDayFinder, compute_call_id_floor, get_instant
 from metering.errors import UnstorableEntryError
 from metering.models import Recording
 from metering.quarantine_rows import (
@@ -32,18 +34,16 @@ from metering.quarantine_rows import (
     list_known_states,
 )
 from metering.recording_sql import (
+    COMPARE_STAGED,
     CREATE_STAGING,
-    INSERT_EVENTS,
-    LIST_LEFTOVERS,
+    EMPTY_STAGING,
+    INSERT_STAGED,
     LIST_SAME_CALL_IDS,
+    STAGING_TABLE,
+    add_to_rollups,
     write_hourly_counts,
 )
 
-_COPY_CHUNK_ROWS = 500
-_COPY = (
-    f"COPY pg_temp.metering_arriving_event ({', '.join(name for name, _ in STAGING_COLUMNS)}) "
-    "FROM STDIN (FORMAT BINARY)"
-)
 _COUNTED_NOW = frozenset(
     {
         QuarantineReason.CALL_ID_MALFORMED,
@@ -115,8 +115,16 @@ class RecordingResult:
 
 
 # Both only remember what they computed, so they serve every batch of the process.
-_packer = StagedRowPacker()
+_packer = RowPacker()
 _days = UsageDayFinder()
+
+
+class _Row(NamedTuple):
+    """An event that can be attributed: its position, its billing day and its packed values."""
+
+    position: int
+    usage_on: date
+    values: bytes
 
 
 class EventRecorder:
@@ -127,6 +135,9 @@ class EventRecorder:
         self._origin = origin
         self._is_key_required = is_key_required
         self._now_us = time.time_ns() // 1000
+        self._arrivals: Sequence[Arrival] = ()
+        self._result = RecordingResult(0, [])
+        # Counts by (tenant, hour since 1970, column).
         self._hourly: Counter[tuple[int, int, str]] = Counter()
         # Tenant and hour of the arrivals that are not counted where they say they happened, by position.
         self._counted_in: dict[int, tuple[int, int]] = {}
@@ -139,168 +150,181 @@ class EventRecorder:
         """
         with connection.cursor() as cursor:
             cursor.execute("SELECT nextval('metering_recording_id_seq')")
-            recording_id = cursor.fetchone()[0]
-            result = RecordingResult(recording_id, [ArrivalState.ROLLED_UP] * len(arrivals))
+            self._arrivals = arrivals
+            self._result = RecordingResult(cursor.fetchone()[0], [ArrivalState.ROLLED_UP] * len(arrivals))
             try:
-                rows, held = self._sort_out(arrivals, result)
-                self._insert_events(cursor, rows, arrivals, result)
-                self._hold(cursor, held, arrivals, result)
-                self._insert_superseded(superseded, result)
+                rows, held = self._sort_out()
+                self._record_rows(cursor, rows)
+                self._hold(cursor, held)
+                self._insert_superseded(superseded)
             except (DataError, psycopg.DataError) as error:  # COPY is not wrapped by Django
                 raise UnstorableEntryError(str(error)) from error
-            self._write_counts(cursor, arrivals)
-            self._write_recording(result)
-        return result
+            self._write_counts(cursor)
+            self._write_recording()
+        return self._result
 
-    def _sort_out(
-        self, arrivals: Sequence[Arrival], result: RecordingResult
-    ) -> tuple[list[bytes], list[tuple[int, QuarantineReason]]]:
-        """Return the rows to stage and the positions to hold, with their reasons."""
+    def _sort_out(self) -> tuple[list[_Row], list[tuple[int, QuarantineReason]]]:
+        """Return the rows of what can be attributed, and the positions of the rest. Every arrival passes here."""
         catalog, now_us, is_key_required = self._catalog, self._now_us, self._is_key_required
-        zones = catalog.tenant_zones
+        zones, recording_id = catalog.tenant_zones, self._result.recording_id
         pack, find_day = _packer.pack, _days.find
-        rows: list[bytes] = []
+        rows: list[_Row] = []
         held: list[tuple[int, QuarantineReason]] = []
-        for position, (event, _, producer_id, is_replay) in enumerate(arrivals):
+        received: dict[tuple[int, int], int] = {}
+        for position, (event, _, producer_id, _) in enumerate(self._arrivals):
             reason = find_quarantine_reason(event, catalog, now_us=now_us, is_key_required=is_key_required)
+            at_us = event.occurred_at_us
             if reason is not None:
                 held.append((position, reason))
-                self._counted_in[position] = self._choose_counted_in(event, reason)
-                continue
-            zone = zones[event.tenant_id]
-            assert zone is not None  # attribution has refused a tenant without one
-            rows.append(
-                pack(
-                    event,
-                    arrival=position,
-                    is_replay=is_replay,
-                    producer_id=producer_id,
-                    usage_on=find_day(event.occurred_at_us, zone),
-                )
-            )
+                counted_in = self._counted_in[position] = self._choose_counted_in(event, reason)
+            else:
+                zone = zones[event.tenant_id]
+                assert zone is not None  # attribution has refused a tenant without one
+                usage_on = find_day(at_us, zone)
+                rows.append(_Row(position, usage_on, pack(event, recording_id, producer_id, usage_on)))
+                counted_in = (event.tenant_id, at_us // US_PER_HOUR)
+            received[counted_in] = received.get(counted_in, 0) + 1
+        for (tenant_id, hour), count in received.items():
+            self._hourly[tenant_id, hour, "received"] += count
         return rows, held
 
-    def _insert_events(
-        self, cursor: Any, rows: list[bytes], arrivals: Sequence[Arrival], result: RecordingResult
-    ) -> None:
-        """Stage the rows, insert those that are new with their rollups, and settle the others."""
-        if not rows:
-            return
-        cursor.execute(CREATE_STAGING)
-        # Emptied by each COMMIT; but a caller's transaction may record more than one batch.
-        cursor.execute("DELETE FROM pg_temp.metering_arriving_event")
-        with cursor.copy(_COPY) as copy:
-            copy.write(COPY_HEADER)
-            for start in range(0, len(rows), _COPY_CHUNK_ROWS):
-                copy.write(b"".join(rows[start : start + _COPY_CHUNK_ROWS]))
-            copy.write(COPY_TRAILER)
-        failpoints.reach("after_staging")
-        cursor.execute(INSERT_EVENTS, {"recording_id": result.recording_id})
-        inserted_count = 0
-        for tenant_id, hour, count in cursor.fetchall():
-            inserted_count += count
-            self._hourly[tenant_id, hour, "rolled_up"] += count
+    def _record_rows(self, cursor: Any, rows: list[_Row]) -> None:
+        """Insert and sum what is new; settle what is not."""
+        fresh = [row for row in rows if not self._arrivals[row.position].is_replay]
+        inserted = self._insert_events(cursor, fresh)
         failpoints.reach("after_insert")
-        if inserted_count < len(rows):
-            self._settle_leftovers(cursor, arrivals, result)
+        add_to_rollups(cursor, sum_cells((self._arrivals[row.position].event, row.usage_on) for row in inserted))
+        rolled_up: dict[tuple[int, int], int] = {}
+        for row in inserted:
+            event = self._arrivals[row.position].event
+            key = (event.tenant_id, event.occurred_at_us // US_PER_HOUR)
+            rolled_up[key] = rolled_up.get(key, 0) + 1
+        for (tenant_id, hour), count in rolled_up.items():
+            self._hourly[tenant_id, hour, "rolled_up"] += count
+        if len(inserted) < len(rows):
+            positions = {row.position for row in inserted}
+            self._settle_leftovers(cursor, [row for row in rows if row.position not in positions])
 
-    def _settle_leftovers(self, cursor: Any, arrivals: Sequence[Arrival], result: RecordingResult) -> None:
+    def _insert_events(self, cursor: Any, fresh: list[_Row]) -> list[_Row]:
+        """Insert the events whose call ids are not recorded, and return their rows.
+
+        Almost always all of them are new, and COPY straight into the table costs half of any way that can leave
+        rows out. Where it meets a known call id it is taken back and done the other way.
+        """
+        if not fresh:
+            return []
+        try:
+            with transaction.atomic():
+                copy_rows(cursor, "metering_usage_event", [row.values for row in fresh])
+            return fresh
+        except psycopg.errors.UniqueViolation:  # COPY is not wrapped by Django
+            first: dict[str, _Row] = {}
+            for row in fresh:
+                first.setdefault(self._arrivals[row.position].event.call_id, row)
+            self._stage(cursor, list(first.values()))
+            cursor.execute(INSERT_STAGED)
+            return [first[call_id] for (call_id,) in cursor.fetchall()]
+
+    def _stage(self, cursor: Any, rows: list[_Row]) -> None:
+        cursor.execute(CREATE_STAGING)
+        cursor.execute(EMPTY_STAGING)
+        copy_rows(cursor, STAGING_TABLE, [row.values + pack_arrival(row.position) for row in rows], "arrival")
+        failpoints.reach("after_staging")
+
+    def _settle_leftovers(self, cursor: Any, leftovers: list[_Row]) -> None:
         """Tell duplicates, conflicts and reused sequence numbers apart among what was not inserted."""
-        cursor.execute(LIST_LEFTOVERS, {"recording_id": result.recording_id})
-        same: set[int] = set()
-        other: set[int] = set()
-        missing: set[int] = set()
-        for position, is_recorded, is_same in cursor.fetchall():
-            (same if is_same else other if is_recorded else missing).add(position)
-        for position in same:
-            self._set_state(position, ArrivalState.DUPLICATE, arrivals, result)
-        self._insert_conflicts(sorted(other - same), arrivals, result)
-        self._hold_unseen(sorted(missing), arrivals, result)
+        self._stage(cursor, leftovers)
+        times_us = [self._arrivals[row.position].event.occurred_at_us for row in leftovers]
+        bounds = {
+            "call_id_min": compute_call_id_floor(min(times_us)),
+            "call_id_end": compute_call_id_floor(max(times_us) + 1000),
+        }
+        cursor.execute(COMPARE_STAGED, bounds)
+        other, missing = [], []
+        for position, is_same in sorted(cursor.fetchall()):
+            if is_same:
+                self._set_state(position, ArrivalState.DUPLICATE)
+            else:
+                (missing if is_same is None else other).append(position)
+        self._insert_conflicts(other)
+        self._hold_unseen(missing)
 
-    def _hold_unseen(self, positions: list[int], arrivals: Sequence[Arrival], result: RecordingResult) -> None:
+    def _hold_unseen(self, positions: list[int]) -> None:
         """Replays whose call is not recorded: seen in another state, or another call under a used number."""
-        known = list_known_states([(arrivals[p].event.call_id, _hash(arrivals[p].body)) for p in positions])
+        identities = [self._get_identity(position) for position in positions]
+        known = list_known_states(identities)
         unseen = []
-        for position in positions:
-            arrival = arrivals[position]
-            if (arrival.event.call_id, _hash(arrival.body)) in known:
-                self._set_state(position, ArrivalState.DUPLICATE, arrivals, result)
+        for position, identity in zip(positions, identities, strict=True):
+            if identity in known:
+                self._set_state(position, ArrivalState.DUPLICATE)
             else:
                 unseen.append((position, QuarantineReason.SEQUENCE_REUSED))
-        self._insert_held(unseen, arrivals, result)
+        self._insert_held(unseen)
 
-    def _hold(
-        self,
-        cursor: Any,
-        held: list[tuple[int, QuarantineReason]],
-        arrivals: Sequence[Arrival],
-        result: RecordingResult,
-    ) -> None:
+    def _hold(self, cursor: Any, held: list[tuple[int, QuarantineReason]]) -> None:
         """Quarantine what cannot be summed, save what was summed before under the same call id."""
         if not held:
             return
         with_call_id = [p for p, reason in held if reason != QuarantineReason.CALL_ID_MALFORMED]
-        cursor.execute(LIST_SAME_CALL_IDS, {"call_ids": [arrivals[p].event.call_id for p in with_call_id]})
+        call_ids = [self._arrivals[position].event.call_id for position in with_call_id]
+        cursor.execute(LIST_SAME_CALL_IDS, {"call_ids": call_ids})
         recorded = {str(row[0]): row[1:] for row in cursor.fetchall()}
         conflicting, unseen = [], []
         for position, reason in held:
-            event = arrivals[position].event
+            event = self._arrivals[position].event
             if event.call_id not in recorded:
                 unseen.append((position, reason))
             elif recorded[event.call_id] == _get_summed_values(event):
-                self._set_state(position, ArrivalState.DUPLICATE, arrivals, result)
+                self._set_state(position, ArrivalState.DUPLICATE)
             else:
                 conflicting.append(position)
-        self._insert_conflicts(conflicting, arrivals, result)
-        self._insert_held(unseen, arrivals, result)
+        self._insert_conflicts(conflicting)
+        self._insert_held(unseen)
 
-    def _insert_conflicts(self, positions: list[int], arrivals: Sequence[Arrival], result: RecordingResult) -> None:
+    def _insert_conflicts(self, positions: list[int]) -> None:
         if not positions:
             return
-        rows = [self._build_held_event(position, arrivals) for position in positions]
-        inserted = insert_conflicts(rows, result.recording_id)
+        rows = [self._build_held_event(position) for position in positions]
+        inserted = insert_conflicts(rows, self._result.recording_id)
         for position, row in zip(positions, rows, strict=True):
             is_new = row.identity in inserted
             inserted.discard(row.identity)
-            self._set_state(position, ArrivalState.CONFLICT if is_new else ArrivalState.DUPLICATE, arrivals, result)
+            self._set_state(position, ArrivalState.CONFLICT if is_new else ArrivalState.DUPLICATE)
 
-    def _insert_held(
-        self,
-        unseen: list[tuple[int, QuarantineReason]],
-        arrivals: Sequence[Arrival],
-        result: RecordingResult,
-    ) -> None:
+    def _insert_held(self, unseen: list[tuple[int, QuarantineReason]]) -> None:
         if not unseen:
             return
-        rows = [self._build_held_event(position, arrivals, reason) for position, reason in unseen]
-        inserted = insert_held(rows, result.recording_id, self._catalog.version)
+        rows = [self._build_held_event(position, reason) for position, reason in unseen]
+        inserted = insert_held(rows, self._result.recording_id, self._catalog.version)
         for (position, reason), row in zip(unseen, rows, strict=True):
             is_new = row.identity in inserted
             inserted.discard(row.identity)
-            result.reasons[position] = reason
-            state = ArrivalState.QUARANTINED if is_new else ArrivalState.DUPLICATE
-            self._set_state(position, state, arrivals, result)
+            self._result.reasons[position] = reason
+            self._set_state(position, ArrivalState.QUARANTINED if is_new else ArrivalState.DUPLICATE)
 
-    def _build_held_event(
-        self, position: int, arrivals: Sequence[Arrival], reason: QuarantineReason | None = None
-    ) -> HeldEvent:
-        event, body, producer_id, _ = arrivals[position]
-        tenant_id, hour = self._get_counted_in(position, arrivals)
+    def _get_identity(self, position: int) -> tuple[str, bytes]:
+        arrival = self._arrivals[position]
+        return arrival.event.call_id.replace("\0", "\\0")[:200], hashlib.sha256(arrival.body).digest()
+
+    def _build_held_event(self, position: int, reason: QuarantineReason | None = None) -> HeldEvent:
+        event, body, producer_id, _ = self._arrivals[position]
+        tenant_id, hour = self._get_counted_in(position)
+        call_id, body_sha256 = self._get_identity(position)
         return HeldEvent(
             reason=reason or "",
-            call_id=event.call_id.replace("\0", "\\0")[:200],
+            call_id=call_id,
             tenant_id=tenant_id,
             counted_hour=get_instant(hour * US_PER_HOUR),
             producer_id=producer_id,
             seq=event.seq,
             body=body,
-            body_sha256=_hash(body),
+            body_sha256=body_sha256,
         )
 
-    def _insert_superseded(self, superseded: Sequence[SupersededArrival], result: RecordingResult) -> None:
+    def _insert_superseded(self, superseded: Sequence[SupersededArrival]) -> None:
         if not superseded:
             return
-        inserted = insert_superseded(superseded, result.recording_id)
+        inserted = insert_superseded(superseded, self._result.recording_id)
         for filler, producer_id in superseded:
             is_new = (producer_id, filler.seq) in inserted
             inserted.discard((producer_id, filler.seq))
@@ -310,21 +334,19 @@ class EventRecorder:
                 counted_in = (0, self._now_us // US_PER_HOUR)
             self._hourly[*counted_in, "received"] += 1
             self._hourly[*counted_in, "superseded" if is_new else "duplicates"] += 1
-            result.superseded_count += is_new
-            result.superseded_duplicate_count += not is_new
+            self._result.superseded_count += is_new
+            self._result.superseded_duplicate_count += not is_new
 
-    def _set_state(
-        self, position: int, state: ArrivalState, arrivals: Sequence[Arrival], result: RecordingResult
-    ) -> None:
-        result.states[position] = state
-        self._hourly[*self._get_counted_in(position, arrivals), _COUNT_COLUMNS[state]] += 1
+    def _set_state(self, position: int, state: ArrivalState) -> None:
+        self._result.states[position] = state
+        self._hourly[*self._get_counted_in(position), _COUNT_COLUMNS[state]] += 1
 
-    def _get_counted_in(self, position: int, arrivals: Sequence[Arrival]) -> tuple[int, int]:
+    def _get_counted_in(self, position: int) -> tuple[int, int]:
         """Return the tenant and the hour since 1970 that an arrival is counted in."""
         counted_in = self._counted_in.get(position)
         if counted_in is not None:
             return counted_in
-        event = arrivals[position].event
+        event = self._arrivals[position].event
         return event.tenant_id, event.occurred_at_us // US_PER_HOUR
 
     def _choose_counted_in(self, event: UsageEvent, reason: QuarantineReason | None) -> tuple[int, int]:
@@ -335,18 +357,15 @@ class EventRecorder:
         tenant_id = event.tenant_id if 0 <= event.tenant_id <= INT64_MAX else 0
         return tenant_id, hour if is_believed else now_hour
 
-    def _write_counts(self, cursor: Any, arrivals: Sequence[Arrival]) -> None:
-        """Add up what came in and where it went: two counts made apart, compared by the database."""
-        hourly = self._hourly
-        for position in range(len(arrivals)):
-            hourly[*self._get_counted_in(position, arrivals), "received"] += 1
+    def _write_counts(self, cursor: Any) -> None:
+        """Write what came in and where it went: two counts made apart, compared by the database."""
         cells: dict[tuple[int, int], dict[str, int]] = {}
-        for (tenant_id, hour, column), count in hourly.items():
+        for (tenant_id, hour, column), count in self._hourly.items():
             cells.setdefault((tenant_id, hour), {})[column] = count
         write_hourly_counts(cursor, cells)
 
-    def _write_recording(self, result: RecordingResult) -> None:
-        origin = self._origin
+    def _write_recording(self) -> None:
+        result, origin = self._result, self._origin
         Recording.objects.create(
             id=result.recording_id,
             kind=origin.kind,
@@ -361,10 +380,6 @@ class EventRecorder:
             superseded_count=result.superseded_count,
             dead_letter_count=origin.dead_letter_count,
         )
-
-
-def _hash(body: bytes) -> bytes:
-    return hashlib.sha256(body).digest()
 
 
 def _get_summed_values(event: UsageEvent) -> tuple[Any, ...]:

@@ -2,74 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metering.arrivals import STAGING_COLUMNS
+from metering.arrivals import EVENT_COLUMNS
 from metering.core.windows import US_PER_HOUR, get_instant
 
+STAGING_TABLE = "pg_temp.metering_arriving_event"
 CREATE_STAGING = (
     "CREATE TEMPORARY TABLE IF NOT EXISTS metering_arriving_event ("
-    + ", ".join(f"{name} {type_name}" for name, type_name in STAGING_COLUMNS)
-    + ") ON COMMIT DELETE ROWS"
+    + ", ".join(f"{name} {type_name}" for name, type_name in EVENT_COLUMNS)
+    + ", arrival integer) ON COMMIT DELETE ROWS"
 )
+# Emptied by each COMMIT too; but a transaction may stage more than once.
+EMPTY_STAGING = f"DELETE FROM {STAGING_TABLE}"
 
-_EVENT_COLUMNS = [name for name, _ in STAGING_COLUMNS if name not in ("arrival", "is_replay")]
-_CELL_COLUMNS = "tenant_id, usage_on, api_key_id, served_model_id, provider_id, upstream_id, outcome"
-_SUM_COLUMNS = (
-    "input_tokens",
-    "cached_input_tokens",
-    "cache_write_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-)
+_EVENT_COLUMNS = [name for name, _ in EVENT_COLUMNS]
 
-# New events, their rollups and their number by tenant and hour, in one statement: what is summed is exactly
-# what was inserted. Cells are locked in their order, so that two recorders cannot deadlock. The key has the
-# tenant in it, so the call id of another tenant must be looked for; OFFSET 0 makes that a look-up for each
-# row and not a join over all partitions.
-INSERT_EVENTS = f"""
-WITH inserted AS (
-    INSERT INTO metering_usage_event ({", ".join(_EVENT_COLUMNS)}, recording_id)
-    SELECT {", ".join(_EVENT_COLUMNS)}, %(recording_id)s
-    FROM pg_temp.metering_arriving_event arriving
-    WHERE NOT is_replay AND NOT EXISTS (
-        SELECT FROM metering_usage_event event
-        WHERE event.call_id = arriving.call_id AND event.tenant_id <> arriving.tenant_id OFFSET 0
-    )
-    ON CONFLICT DO NOTHING
-    RETURNING {_CELL_COLUMNS}, {", ".join(_SUM_COLUMNS)}, occurred_at
-), rolled_up AS (
-    INSERT INTO metering_usage_rollup AS rollup ({_CELL_COLUMNS}, calls, {", ".join(_SUM_COLUMNS)})
-    SELECT {_CELL_COLUMNS}, count(*), {", ".join(f"sum({column})" for column in _SUM_COLUMNS)}
-    FROM inserted GROUP BY {_CELL_COLUMNS} ORDER BY {_CELL_COLUMNS}
-    ON CONFLICT ({_CELL_COLUMNS}) DO UPDATE SET
-        calls = rollup.calls + excluded.calls,
-        {", ".join(f"{column} = rollup.{column} + excluded.{column}" for column in _SUM_COLUMNS)}
-)
-SELECT tenant_id, floor(extract(epoch FROM occurred_at) / 3600)::bigint AS hour, count(*)
-FROM inserted GROUP BY 1, 2
+INSERT_STAGED = f"""
+INSERT INTO metering_usage_event ({", ".join(_EVENT_COLUMNS)})
+SELECT {", ".join(_EVENT_COLUMNS)} FROM {STAGING_TABLE}
+ON CONFLICT DO NOTHING
+RETURNING call_id::text
 """
 
-# What two events must agree in to be the same event. Not the producer and number: those are of the delivery.
-_CONTENT_COLUMNS = [name for name in _EVENT_COLUMNS if name not in ("call_id", "producer_id", "seq", "usage_on")]
+# What two events must agree in to be the same event: not what is of the delivery or of the recording.
+_CONTENT_COLUMNS = [
+    name for name in _EVENT_COLUMNS if name not in ("call_id", "recording_id", "producer_id", "seq", "usage_on")
+]
 _CONTENT = "ROW({}) IS NOT DISTINCT FROM ROW({})".format(
     ", ".join(f"arriving.{column}" for column in _CONTENT_COLUMNS),
     ", ".join(f"event.{column}" for column in _CONTENT_COLUMNS),
 )
 
-# Arrivals that were not inserted, each with the recorded event of its call id, if any.
-LIST_LEFTOVERS = f"""
-SELECT arriving.arrival, recorded.is_same IS NOT NULL, coalesce(recorded.is_same, false)
-FROM pg_temp.metering_arriving_event arriving
+# For each staged event whether its call id is recorded, and with the same content. OFFSET 0 makes that a look-up
+# for each row and not a join of whole partitions, and the bounds leave out other days' partitions at planning.
+COMPARE_STAGED = f"""
+SELECT arriving.arrival, recorded.is_same
+FROM {STAGING_TABLE} arriving
 LEFT JOIN LATERAL (
-    SELECT {_CONTENT} AS is_same,
-        (event.recording_id, event.producer_id, event.seq, event.tenant_id)
-            = (%(recording_id)s, arriving.producer_id, arriving.seq, arriving.tenant_id) AS is_own
-    FROM metering_usage_event event WHERE event.call_id = arriving.call_id OFFSET 0
+    SELECT {_CONTENT} AS is_same FROM metering_usage_event event
+    WHERE event.call_id = arriving.call_id
+        AND event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s OFFSET 0
 ) recorded ON true
-WHERE arriving.is_replay OR NOT coalesce(recorded.is_own, false)
 """
+
+_CELL_COLUMNS = (
+    ("tenant_id", "bigint"),
+    ("usage_on", "date"),
+    ("api_key_id", "bigint"),
+    ("served_model_id", "bigint"),
+    ("provider_id", "bigint"),
+    ("upstream_id", "bigint"),
+    ("outcome", "text"),
+)
+_SUM_COLUMNS = (
+    *("calls", "input_tokens", "cached_input_tokens", "cache_write_tokens"),
+    *("output_tokens", "reasoning_tokens"),
+)
+_CELL = ", ".join(name for name, _ in _CELL_COLUMNS)
+_UPSERT_ROLLUPS = f"""
+INSERT INTO metering_usage_rollup AS rollup ({_CELL}, {", ".join(_SUM_COLUMNS)})
+SELECT * FROM unnest({", ".join(f"%s::{type_name}[]" for _, type_name in _CELL_COLUMNS)}
+    {", %s::bigint[]" * len(_SUM_COLUMNS)})
+ON CONFLICT ({_CELL}) DO UPDATE SET
+    {", ".join(f"{column} = rollup.{column} + excluded.{column}" for column in _SUM_COLUMNS)}
+"""
+
+
+def add_to_rollups(cursor: Any, cells: Mapping[tuple[Any, ...], Sequence[int]]) -> None:
+    """Add the sums of `sum_cells` to the rollups."""
+    keys = sorted(cells)  # always in the same order, so that two recorders cannot deadlock
+    if keys:
+        columns = [*zip(*keys, strict=True), *zip(*(cells[key] for key in keys), strict=True)]
+        # As PostgreSQL writes arrays: the driver's way of adapting lists costs more than all the rest of this.
+        # Integers, days and outcomes (one of four words by now) need no quoting.
+        cursor.execute(_UPSERT_ROLLUPS, ["{" + ",".join(map(str, column)) + "}" for column in columns])
+
 
 LIST_SAME_CALL_IDS = """
 SELECT call_id, tenant_id, api_key_id, served_model_id, provider_id, upstream_id, occurred_at, outcome,

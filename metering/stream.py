@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import redis
 from django.conf import settings
@@ -18,13 +18,6 @@ from gateway.contract.streams import get_stream_key
 
 CLUSTER_SCHEMES = ("redis+cluster://", "rediss+cluster://")
 _TIMEOUT_S = 10.0
-
-
-class StreamEntry(NamedTuple):
-    """An entry as read: its id (`b"1732000000000-0"`) and its fields, name and value alternating."""
-
-    stream_id: bytes
-    fields: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +42,8 @@ class UsageStreams:
         # The reply as it comes: half of the time of a read is redis-py's callback.
         self.client.set_response_callback("XRANGE", _keep_reply)
 
-    def read(self, partition: int, *, after: bytes | None, count: int) -> list[StreamEntry]:
-        """Return up to `count` entries in order, from the first of the stream or from behind `after`.
+    def read(self, partition: int, *, after: bytes | None, count: int) -> list[tuple[bytes, list[bytes]]]:
+        """Return up to `count` entries in order, as (id, [name, value, …]), from the first or from behind `after`.
 
         A recorder starts at the first and not at its cursor: what is recorded has been trimmed, and an entry
         that lies below the cursor all the same (the server lost its last second and its clock went back) must
@@ -59,11 +52,8 @@ class UsageStreams:
         start = b"-" if after is None else b"(" + after
         reply = self.client.execute_command("XRANGE", get_stream_key(partition), start, b"+", b"COUNT", count)
         if reply and isinstance(reply[0][1], dict):  # the nodes of a cluster keep redis-py's callbacks
-            return [
-                StreamEntry(stream_id, [part for item in fields.items() for part in item])
-                for stream_id, fields in reply
-            ]
-        return [StreamEntry(*entry) for entry in reply]
+            return [(stream_id, [part for item in fields.items() for part in item]) for stream_id, fields in reply]
+        return reply  # type: ignore[no-any-return]
 
     def trim_through(self, partition: int, stream_id: bytes) -> None:
         """Remove the entries up to and including `stream_id`. Only ever called with what was committed."""
@@ -78,7 +68,7 @@ class UsageStreams:
         for partition in partitions:
             key = get_stream_key(partition)
             first = self.read(partition, after=None, count=1)
-            age_ms = max(0, now_ms - int(first[0].stream_id.partition(b"-")[0])) if first else 0
+            age_ms = max(0, now_ms - int(first[0][0].partition(b"-")[0])) if first else 0
             states.append(StreamState(partition, int(self.client.xlen(key)) if first else 0, age_ms))
         return states
 

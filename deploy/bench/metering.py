@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -26,7 +27,6 @@ from deploy.embedded import EmbeddedPostgres, EmbeddedRedis
 
 DUPLICATE_SHARE = 0.05
 TENANTS = 200
-_ROWS_PER_COPY_WRITE = 500
 _CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -43,6 +43,7 @@ class Measurement:
     python_us_per_event: float
     postgres_us_per_event: float
     bare_copy_events_per_s: float
+    bare_copy_us_per_event: float
     bare_copy_ratio: float
     stored_bytes_per_event: float
     lost: int
@@ -62,7 +63,7 @@ def main() -> None:
     if options.consume:
         consume([int(partition) for partition in options.consume.split(",")])
     elif options.copy:
-        copy_rows(Path(options.copy))
+        copy_file(Path(options.copy))
     else:
         folder = Path(tempfile.mkdtemp(prefix="tollbook-bench-"))
         folder.chmod(0o711)
@@ -113,7 +114,9 @@ def measure(options: argparse.Namespace, postgres: EmbeddedPostgres, folder: Pat
     recorded = UsageEvent.objects.count() - options.preload
     entries = options.events + duplicates
     assert sum(result["entries"] for result in results) == entries
-    copy_s, _, _, _ = run_processes([["--copy", str(path)] for path in sorted(folder.glob("rows-*"))], postgres)
+    copy_s, copy_python_s, copy_postgres_s, _ = run_processes(
+        [["--copy", str(path)] for path in sorted(folder.glob("rows-*"))], postgres
+    )
     return Measurement(
         events=options.events,
         duplicates=duplicates,
@@ -124,6 +127,7 @@ def measure(options: argparse.Namespace, postgres: EmbeddedPostgres, folder: Pat
         python_us_per_event=python_s / entries * 1e6,
         postgres_us_per_event=postgres_s / entries * 1e6,
         bare_copy_events_per_s=options.events / copy_s,
+        bare_copy_us_per_event=(copy_python_s + copy_postgres_s) / options.events * 1e6,
         bare_copy_ratio=(entries / seconds) / (options.events / copy_s),
         stored_bytes_per_event=read_stored_bytes(postgres) / max(1, recorded + options.preload),
         lost=options.events - recorded,
@@ -246,11 +250,11 @@ def fill_streams(count: int, partition_count: int, folder: Path, processes: int)
     """Append the events, some twice, and write the rows for bare COPY; return the number of duplicates."""
     from gateway.contract.streams import EVENT_FIELD, get_partition, get_stream_key
     from gateway.contract.usage_event import to_wire
-    from metering.arrivals import StagedRowPacker
+    from metering.arrivals import RowPacker
     from metering.core.windows import get_utc_day
     from metering.stream import get_streams
 
-    packer = StagedRowPacker()
+    packer = RowPacker()
     randomness = random.Random(2)
     duplicates = 0
     rows: list[list[bytes]] = [[] for _ in range(processes)]
@@ -262,13 +266,13 @@ def fill_streams(count: int, partition_count: int, folder: Path, processes: int)
         for _ in range(copies):
             pipeline.xadd(get_stream_key(partition), {EVENT_FIELD: to_wire(event)})
         usage_on = get_utc_day(event.occurred_at_us)
-        row = packer.pack(event, arrival=0, is_replay=False, producer_id=1, usage_on=usage_on)
+        row = packer.pack(event, 0, 1, usage_on)
         rows[partition % processes].append(row)
         if number % 1000 == 999:
             pipeline.execute()
     pipeline.execute()
     for number, part in enumerate(rows):
-        (folder / f"rows-{number}").write_bytes(b"".join(part))
+        (folder / f"rows-{number}").write_bytes(pickle.dumps(part))
     return duplicates
 
 
@@ -328,43 +332,22 @@ def consume(partitions: list[int]) -> None:
     sys.stdin.read()
 
 
-def copy_rows(path: Path) -> None:
+def copy_file(path: Path) -> None:
     """A process that does nothing but copy ready-made rows, committing as often as a consumer does."""
     start_django()
     from django.db import connection
 
-    from metering.arrivals import COPY_HEADER, COPY_TRAILER, STAGING_COLUMNS
+    from metering.arrivals import copy_rows
     from metering.consumer import BATCH_SIZE
 
-    rows = split_rows(path.read_bytes())
+    rows = pickle.loads(path.read_bytes())
     connection.ensure_connection()
     with connection.cursor() as cursor:
-        # Rows of the staging table into the columns of the event, which has no `arrival` and no `is_replay`.
-        names = ", ".join(name for name, _ in STAGING_COLUMNS[2:]) + ", recording_id"
         cpu_before = await_start()
         for start in range(0, len(rows), BATCH_SIZE):
-            batch = rows[start : start + BATCH_SIZE]
-            with cursor.copy(f"COPY bench_bare_event ({names}) FROM STDIN (FORMAT BINARY)") as copy:
-                copy.write(COPY_HEADER)
-                for first in range(0, len(batch), _ROWS_PER_COPY_WRITE):
-                    copy.write(b"".join(batch[first : first + _ROWS_PER_COPY_WRITE]))
-                copy.write(COPY_TRAILER)
+            copy_rows(cursor, "bench_bare_event", rows[start : start + BATCH_SIZE])
     print(json.dumps({"entries": len(rows), "cpu_s": read_own_cpu_s() - cpu_before}), flush=True)
     sys.stdin.read()
-
-
-def split_rows(data: bytes) -> list[bytes]:
-    """Return the rows without their first two fields (4 + 4 bytes and 4 + 1 bytes) of 29."""
-    rows = []
-    position = 0
-    while position < len(data):
-        start = position
-        position += 2
-        for _ in range(29):
-            length = int.from_bytes(data[position : position + 4], signed=True)
-            position += 4 + max(0, length)
-        rows.append((28).to_bytes(2) + data[start + 2 + 13 : position] + bytes((0, 0, 0, 8)) + bytes(8))
-    return rows
 
 
 def await_start() -> float:
@@ -421,7 +404,7 @@ def report(measurement: Measurement, *, as_json: bool) -> None:
         f"  processor time               {m.python_us_per_event:>10.1f} µs an event in Python, "
         f"{m.postgres_us_per_event:.1f} in PostgreSQL\n"
         f"  bare COPY of the same rows   {m.bare_copy_events_per_s:>10,.0f} events/s: "
-        f"{m.bare_copy_ratio:.2f} of that is reached\n"
+        f"{m.bare_copy_ratio:.2f} of that is reached ({m.bare_copy_us_per_event:.1f} µs an event)\n"
         f"  stored                       {m.stored_bytes_per_event:>10.0f} bytes an event, with indexes\n"
         f"  sent - recorded              {m.lost:>10,}"
     )
