@@ -1,7 +1,7 @@
 """Tables of metering. Raw events are insert-only and partitioned by day; rollups are what billing reads.
 
 Tables that PostgreSQL must partition or key in ways that Django cannot say are made by SQL in the migrations:
-there `call_id` and `tenant_id` are the primary key of an event, and the cell that of a rollup.
+there an event is unique by its call id and has `(tenant_id, call_id)` as its primary key; a rollup has its cell.
 """
 
 from __future__ import annotations

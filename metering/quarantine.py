@@ -13,7 +13,7 @@ from django.db.models.functions import Now
 
 from gateway.contract import usage_event
 from metering.catalog import load_catalog
-from metering.core.attribution import CATALOG_REASONS, find_quarantine_reason
+from metering.core.attribution import CATALOG_REASONS, QuarantineReason, find_quarantine_reason
 from metering.core.windows import US_PER_HOUR, get_at_us
 from metering.event_partitions import ensure_event_partitions
 from metering.models import QuarantinedEvent, Recording
@@ -21,6 +21,29 @@ from metering.recording import Arrival, ArrivalState, EventRecorder, RecordingOr
 from metering.recording_sql import write_hourly_counts
 
 _BATCH_SIZE = 1_000
+
+# What each reason means, and what mends it.
+EXPLANATIONS: dict[QuarantineReason, str] = {
+    QuarantineReason.UNKNOWN_TENANT: "No such tenant is in the catalog. Load a catalog that has it.",
+    QuarantineReason.UNKNOWN_API_KEY: "No such API key is in the catalog. Publish the catalog that has it.",
+    QuarantineReason.UNKNOWN_SERVED_MODEL: "No such served model is in the catalog. Load a catalog that has it.",
+    QuarantineReason.UNKNOWN_UPSTREAM: "No such upstream is in the catalog. Load a catalog that has it.",
+    QuarantineReason.UNKNOWN_TIMEZONE: "The tenant's zone is not known to this machine. Update its zone data.",
+    QuarantineReason.API_KEY_OF_OTHER_TENANT: "The key is another tenant's. Find out who called, then void or mend.",
+    QuarantineReason.UPSTREAM_OF_OTHER_MODEL: "The upstream serves another model. Mend the catalog or void.",
+    QuarantineReason.PROVIDER_MISMATCH: "The upstream is another provider's. Mend the catalog or void.",
+    QuarantineReason.CALL_ID_MALFORMED: "The call id is no UUIDv7. Nothing mends it: void, and record it anew.",
+    QuarantineReason.CALL_ID_TIME_MISMATCH: "The call id has another time than the event. Void, and record it anew.",
+    QuarantineReason.TOO_OLD: "It is older than 400 days. Void, or record the usage as of today.",
+    QuarantineReason.IN_THE_FUTURE: "Its time has not come: a clock was wrong. Release it when it has, or void.",
+    QuarantineReason.UNBELIEVABLE_TOKENS: "Its token counts contradict each other. Void, and record it anew.",
+    QuarantineReason.UNKNOWN_OUTCOME: "The outcome is none that is known. A newer program may know it: release then.",
+    QuarantineReason.UNKNOWN_USAGE_SOURCE: "The source of its counts is unknown. A newer program may know it.",
+    QuarantineReason.USAGE_MISSING: "It has no counts and is no upstream error. Void, and record what was used.",
+    QuarantineReason.UNBELIEVABLE_DETAIL: "A text or number in it cannot be stored. Void, and record it anew.",
+    QuarantineReason.SEQUENCE_REUSED: "Its number was used by another call: its producer counted from anew. Release "
+    "it if it is a call of its own.",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import redis
+from django.core.management import CommandError, call_command
 
 from metering.catalog import store_catalog_snapshot
+from metering.core.attribution import QuarantineReason
 from metering.errors import CatalogConflictError
 from metering.models import HourlyCount, QuarantinedEvent, UsageEvent, UsageRollup
-from metering.quarantine import ReleaseResult
+from metering.quarantine import EXPLANATIONS, ReleaseResult
 from metering.selectors import EventCounts, get_metering_state, sum_event_counts
 from metering.services import (
     release_attributable_events,
@@ -128,3 +133,36 @@ def test_catalog_version_never_changes(metering: redis.Redis) -> None:
     store_catalog_snapshot(build_snapshot())
     with pytest.raises(CatalogConflictError):
         store_catalog_snapshot(build_snapshot(tenant_ids=(1,)))
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    call_command("quarantine", *arguments, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def test_command_lists_explains_and_decides(stranger: QuarantinedEvent, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [row["seq"] for row in call(capsys, "list", "--reason", "unknown_tenant")] == [1, 2]
+    assert call(capsys, "list", "--tenant", "1") == []
+    facts = call(capsys, "explain", str(stranger.pk))
+    assert facts["explanation"] == "No such tenant is in the catalog. Load a catalog that has it."
+    assert (facts["event"]["tenant_id"], facts["event"]["input_tokens"]) == (5, 101)
+    assert call(capsys, "void", str(stranger.pk), "--note", "a test", "--actor", "ann") == {"voided": 1}
+    store_catalog_snapshot(build_snapshot(version=2, tenant_ids=(1, 2, 3, 4, 5)))
+    released = call(capsys, "release", "--tenant", "5", "--note", "tenant added")
+    assert released == {"released": 1, "refused": 0, "held": 0}
+    states = [(row["state"], row["resolved_by"]) for row in call(capsys, "list", "--all")]
+    assert states[0] == ("VOIDED", "ann")
+    assert states[1][0] == "RELEASED"
+    call_command("quarantine", "list")
+    assert capsys.readouterr().out == "Nothing is held.\n"
+
+
+def test_command_refuses_to_decide_on_everything(stranger: QuarantinedEvent) -> None:
+    with pytest.raises(CommandError, match="say which"):
+        call_command("quarantine", "void", "--note", "all of it")
+    with pytest.raises(CommandError, match="there is no event 0"):
+        call_command("quarantine", "explain", "0")
+
+
+def test_every_reason_is_explained() -> None:
+    assert set(EXPLANATIONS) == set(QuarantineReason)
