@@ -5,7 +5,8 @@ MeteringError
 ├── CatalogConflictError       a version was published twice with different content
 ├── PartitionBusyError         another process owns the stream partition
 ├── UnstorableEntryError       the database refused the values of an entry (retry in smaller parts)
-└── ImportFormatError          a file is not an import file at all
+├── ImportFormatError          a file is not an import file at all
+    └── DigestError                a digest is not what it says, or not signed by whom it should be
 """
 
 from __future__ import annotations
@@ -45,3 +46,9 @@ class ImportFormatError(MeteringError):
     """The file cannot be read as usage, e.g. a CSV file without the required columns."""
 
     code = "import_format"
+
+
+class DigestError(MeteringError):
+    """The file is no digest, or its signature is not of this content by this key."""
+
+    code = "digest_invalid"

@@ -18,6 +18,7 @@ INSERT_ONLY_TABLES = (
     "metering_superseded_event",
     "metering_conflicting_event",
     "metering_catalog_snapshot",
+    "metering_digest",
 )
 
 
@@ -384,3 +385,19 @@ class ExternalIdentity(models.Model):
 
     def __str__(self) -> str:
         return f"{self.source} {self.external_id}"
+
+
+class Digest(models.Model):
+    """A signed statement of a UTC day's raw events (see `digests.py`). Insert-only, each with the hash of the last."""
+
+    day = models.DateField(unique=True)
+    body = models.BinaryField()
+    signature = models.BinaryField()
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        db_table = "metering_digest"
+        ordering = ("-day",)
+
+    def __str__(self) -> str:
+        return str(self.day)

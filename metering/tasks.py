@@ -7,9 +7,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from celery import shared_task
+from celery.schedules import crontab
 
 from metering.consumer import drain_partition
 from metering.core.windows import get_month
+from metering.digests import write_digest
 from metering.errors import CatalogMissingError
 from metering.event_partitions import create_partitions_ahead
 from metering.quarantine import release_attributable_events
@@ -37,10 +39,13 @@ BEAT_SCHEDULE: dict[str, dict[str, Any]] = {
         "schedule": timedelta(seconds=3600),
         "options": {"expires": 3600},
     },
+    "metering-digest": {
+        "task": "metering.tasks.write_digest_task",
+        "schedule": crontab(hour="2", minute="10"),
+    },
     "metering-verification": {
         "task": "metering.tasks.verify_metering_task",
-        "schedule": timedelta(seconds=86_400),
-        "options": {"expires": 86_400},
+        "schedule": crontab(hour="2", minute="40"),
     },
 }
 
@@ -91,3 +96,9 @@ def verify_metering_task() -> None:
     for period_start, period_end in ((last_start, last_end), (this_start, this_end)):
         for difference in verify_period(period_start, period_end).differences:
             logger.error("metering from %s to %s: %s", period_start, period_end, difference)
+
+
+@shared_task(ignore_result=True)
+def write_digest_task() -> None:
+    """Sign yesterday's events."""
+    write_digest(datetime.now(UTC).date() - timedelta(days=1))

@@ -1,0 +1,188 @@
+"""Digests: a signed statement of what was recorded for a day, which nobody can make true again after a change.
+
+A digest has a hash of each tenant's raw events of a UTC day, and the hash of the digest before it. It covers the
+recordings below its watermark, so that events that come later change nothing in it. It is signed with Ed25519:
+whoever has the public key can check it, without this program's database.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from django.conf import settings
+from django.db import connection, transaction
+
+from metering.core.windows import compute_call_id_bounds
+from metering.errors import DigestError
+from metering.models import Digest
+from metering.selectors import get_watermark
+
+KIND = "tollbook-metering-digest"
+VERSION = 1
+_COLUMNS = (
+    *("call_id", "tenant_id", "api_key_id", "served_model_id", "provider_id", "upstream_id"),
+    *("(extract(epoch FROM occurred_at) * 1000000)::bigint", "usage_on", "outcome", "usage_source", "endpoint"),
+    *("streamed", "input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens"),
+    *("reasoning_tokens", "counted_input_tokens", "counted_output_tokens", "first_byte_us", "total_us"),
+    *("region", "finish_reason", "provider_request_id", "producer_id", "seq", "recording_id", "detail"),
+)
+# jsonb has one text for each value, so the row's text is canonical.
+_HASH_BY_TENANT = f"""
+SELECT tenant_id, count(*), sum(input_tokens), sum(output_tokens),
+    encode(sha256(string_agg(sha256(convert_to(jsonb_build_array({", ".join(_COLUMNS)})::text, 'UTF8')),
+        ''::bytea ORDER BY call_id)), 'hex')
+FROM metering_usage_event event
+WHERE call_id >= %(call_id_min)s AND call_id < %(call_id_end)s AND recording_id IN (
+    SELECT id FROM metering_recording WHERE id <= %(recording_id_max)s AND xid < (%(watermark)s::text)::xid8
+)
+GROUP BY tenant_id ORDER BY tenant_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SignedDigest:
+    """A digest as written: `body` is the exact bytes that are signed."""
+
+    body: bytes
+    signature: bytes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self.body)
+        return facts
+
+    def to_file(self) -> bytes:
+        """Return the file: JSON with the signed text as a string, so that not a byte of it can change unseen."""
+        signature = base64.b64encode(self.signature).decode()
+        return json.dumps({"digest": self.body.decode(), "signature": signature}, indent=1).encode() + b"\n"
+
+
+def write_digest(day: date) -> SignedDigest:
+    """Make, sign and store the digest of a UTC day; a day that has one keeps it."""
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended('metering_digest', 0))")
+        stored = Digest.objects.filter(day=day).first()
+        if stored is not None:
+            return SignedDigest(bytes(stored.body), bytes(stored.signature))
+        watermark = get_watermark()
+        facts = {
+            "kind": KIND,
+            "version": VERSION,
+            "day": day.isoformat(),
+            "watermark": watermark,
+            "recording_id_max": _get_recording_id_max(watermark),
+        }
+        facts["tenants"] = list_tenant_hashes(facts)
+        previous = Digest.objects.order_by("-pk").first()
+        facts["previous_sha256"] = hashlib.sha256(bytes(previous.body)).hexdigest() if previous else None
+        body = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+        signature = load_private_key().sign(body)
+        Digest.objects.create(day=day, body=body, signature=signature)
+    return SignedDigest(body, signature)
+
+
+def _get_recording_id_max(watermark: int) -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT coalesce(max(id), 0) FROM metering_recording WHERE xid < (%s::text)::xid8", [watermark])
+        return int(cursor.fetchone()[0])
+
+
+def list_tenant_hashes(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return count, sums and hash of each tenant's events that a digest with these facts covers."""
+    day = date.fromisoformat(facts["day"])
+    call_id_min, call_id_end = compute_call_id_bounds(day, day + timedelta(days=1))
+    parameters = {
+        "call_id_min": call_id_min,
+        "call_id_end": call_id_end,
+        "recording_id_max": facts["recording_id_max"],
+        "watermark": facts["watermark"],
+    }
+    with connection.cursor() as cursor:
+        cursor.execute(_HASH_BY_TENANT, parameters)
+        return {
+            str(tenant_id): {
+                "events": events,
+                "input_tokens": int(input_tokens),
+                "output_tokens": int(output_tokens),
+                "sha256": sha256,
+            }
+            for tenant_id, events, input_tokens, output_tokens, sha256 in cursor.fetchall()
+        }
+
+
+def read_digest(data: bytes, public_key: Ed25519PublicKey) -> SignedDigest:
+    """Return the digest in a file; raises DigestError where it is not signed by the key's owner."""
+    try:
+        content = json.loads(data)
+        digest = SignedDigest(content["digest"].encode(), base64.b64decode(content["signature"], validate=True))
+        public_key.verify(digest.signature, digest.body)
+        if digest.facts["kind"] != KIND or digest.facts["version"] != VERSION:
+            raise DigestError("the file is signed, but it is no digest that this program knows")
+    except InvalidSignature:
+        raise DigestError("the signature is not of this content by this key: the file was changed") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DigestError(f"the file is no digest: {error}") from error
+    return digest
+
+
+def list_changes(digest: SignedDigest) -> list[str]:
+    """Return what the database holds otherwise today than the digest says, by tenant."""
+    then, now = digest.facts["tenants"], list_tenant_hashes(digest.facts)
+    return [
+        f"tenant {tenant_id} on {digest.facts['day']}: signed {then.get(tenant_id)}, found {now.get(tenant_id)}"
+        for tenant_id in sorted(then.keys() | now.keys(), key=int)
+        if then.get(tenant_id) != now.get(tenant_id)
+    ]
+
+
+def get_key_folder() -> Path:
+    """Return the folder of the key pair: `<TOLLBOOK_DATA_DIR>/digests`."""
+    return Path(settings.DATA_DIR) / "digests"
+
+
+def load_private_key() -> Ed25519PrivateKey:
+    """Return the signing key, made on first use; its public half is `public_key.pem` beside it."""
+    folder = get_key_folder()
+    path = folder / "private_key.pem"
+    if not path.exists():
+        _create_key(folder, path)
+    key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    assert isinstance(key, Ed25519PrivateKey)
+    return key
+
+
+def _create_key(folder: Path, path: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public_pem = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    aside = folder / f".private_key.{os.getpid()}"
+    handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(pem)
+    (folder / "public_key.pem").write_bytes(public_pem)
+    aside.rename(path)
+
+
+def load_public_key(path: Path) -> Ed25519PublicKey:
+    """Return the public key in a PEM file; raises DigestError, OSError."""
+    try:
+        key = serialization.load_pem_public_key(path.read_bytes())
+    except ValueError as error:
+        raise DigestError(f"{path} holds no public key: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise DigestError(f"{path} holds no Ed25519 key")
+    return key
