@@ -64,7 +64,7 @@ def run_demo(options: DemoOptions, *, today: date) -> dict[str, Any]:
     _say(f"Close {month}: verify, rate, post, invoice, state, freeze")
     if not SettlementPeriod.objects.filter(period_start=month.start, status="CLOSED").exists():
         call_command("close_period", str(month))
-    accrue_period(month.next)
+    accrue_period(month.next, as_of=today)
 
     _say("Write the documents")
     call_command("export_invoices", str(month), "--out", str(options.out_dir / str(month)))

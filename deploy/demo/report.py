@@ -12,6 +12,7 @@ PROOFS = (
     ("events quarantined", lambda summary: summary["events_quarantined"], 0),
     ("gaps in sequences", lambda summary: summary["sequence_gaps"], 0),
     ("rollups equal raw events", lambda summary: summary["rollup_equals_raw"], True),
+    ("ledger verified", lambda summary: summary["ledger_is_verified"], True),
     ("trial balance difference", lambda summary: summary["trial_balance_difference"], "0"),
 )
 

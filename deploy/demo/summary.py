@@ -16,6 +16,7 @@ from billing.core.money import Money, to_decimal
 from billing.core.periods import Month
 from billing.models import Invoice, Party, Statement, Tenant
 from billing.selectors.ledger import get_trial_balance_difference, sum_postings
+from billing.selectors.ledger_verification import verify_ledger
 from deploy.demo.traffic import RECORDED
 from metering.selectors import get_metering_state
 from metering.verification import verify_period
@@ -57,6 +58,7 @@ def build_summary(run: DemoRun, out_dir: Path) -> dict[str, Any]:
             verify_period(month.start, month.end).is_equal for month in (run.month, run.month.next)
         ),
         "trial_balance_difference": str(sum(map(abs, get_trial_balance_difference().values()))),
+        "ledger_is_verified": verify_ledger().is_ok,
         "invoices": [_describe_invoice(invoice) for invoice in _list_invoices(run.month)],
         "payouts": [_describe_statement(row) for row in _list_statements(run.month, Statement.Kind.PROVIDER)],
         "shares": [_describe_statement(row) for row in _list_statements(run.month, Statement.Kind.OWNER)],
