@@ -138,7 +138,6 @@ def build_catalog(snapshot: CatalogSnapshot, *, sandbox_url: str = "") -> Catalo
 
     Raises SnapshotDecodeError for a partition count out of range.
     """
-    # raises SnapshotDecodeError for a partition count out of range."""
     if not 1 <= snapshot.partition_count <= PARTITION_COUNT_MAX:
         raise SnapshotDecodeError(f"partition count {snapshot.partition_count} is not in 1..{PARTITION_COUNT_MAX}")
     partitions = tuple(build_partition_keys(partition) for partition in range(snapshot.partition_count))
