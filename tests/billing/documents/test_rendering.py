@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -137,7 +138,9 @@ for data in (
 def test_pdfs_are_the_same_bytes_in_every_process():
     command = [sys.executable, "-c", RENDER_ALL]
     outputs = [
-        subprocess.run(command, cwd=ROOT, env={"TZ": zone, "LANG": "C"}, capture_output=True, text=True, check=True)
+        subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "TZ": zone, "LANG": "C"}, capture_output=True, text=True, check=True
+        )
         for zone in ("UTC", "Asia/Shanghai")
     ]
     hashes = outputs[0].stdout.split()
