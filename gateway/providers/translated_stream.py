@@ -7,6 +7,7 @@ A provider derives from TranslatedStreamMeter, cuts its framing into events and 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 import msgspec
@@ -27,7 +28,7 @@ from gateway.sse import build_frame
 from gateway.token_usage import believe_usage, mark_source
 
 
-class TranslatedStreamMeter:
+class TranslatedStreamMeter(ABC):
     """Implements StreamMeter for one choice; `read` is for the provider to write."""
 
     def __init__(self, *, client_asked_usage: bool, context_tokens_max: int, call: CallRequest | None) -> None:
@@ -46,9 +47,9 @@ class TranslatedStreamMeter:
         self._error: UpstreamFailure | None = None
         self._frames: list[bytes] = []
 
+    @abstractmethod
     def read(self, data: bytes) -> None:
         """Take in bytes and call the methods below; ValueError means that they are not the protocol."""
-        raise NotImplementedError
 
     def read_tail(self) -> None:
         """Look at what is left when the upstream has ended."""

@@ -186,6 +186,7 @@ def find_unwanted_modules(loaded: Iterable[str]) -> set[str]:
 
 def find_private_places(text: str) -> list[str]:
     """Names of package indexes and paths of one machine: a clone elsewhere has neither."""
-    hosts = ("pypi" + ".org", "pythonhosted" + ".org", "registry.npmjs" + ".org")
+    indexes = re.findall(r"(?:index-url|registry) *[=:] *\S?https?://\S+", text)
+    archives = re.findall(r"https?://\S+\.(?:whl|tgz|tar\.gz|deb)\b", text)
     paths = re.findall(r"(?<![\w.])/(?:root/\.|home/|work/)\w+", text)
-    return [host for host in hosts if host in text] + paths
+    return indexes + archives + paths

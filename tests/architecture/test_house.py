@@ -158,7 +158,8 @@ def test_nothing_names_a_package_index_or_a_path_of_one_machine() -> None:
 
 
 def test_package_index_is_found() -> None:
-    assert find_private_places("index-url = https://pypi" + ".org/simple")
+    assert find_private_places("index-url = " + "https://index.example/simple")
+    assert find_private_places("https://files.example/tollbook-1.0-py3-none-any" + ".whl")
     assert find_private_places("cd /work" + "/main && make")
     assert find_private_places("PATH=/root" + "/.pyenv/shims")
     assert not find_private_places("https://www.apache.org/licenses/ or https://a.example/home/page")
