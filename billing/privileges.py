@@ -11,6 +11,8 @@ from typing import Any
 from django.db import connections
 from django.db.models.signals import post_migrate
 
+from metering.models import INSERT_ONLY_TABLES as METERING_INSERT_ONLY_TABLES
+
 APPLICATION_ROLE = "tollbook_app"
 
 INSERT_ONLY_TABLES = (
@@ -20,7 +22,7 @@ INSERT_ONLY_TABLES = (
     "billing_book",
     "billing_auditrecord",
     "billing_issueddocument",
-    "metering_usage_event",
+    *METERING_INSERT_ONLY_TABLES,
 )
 
 
@@ -47,3 +49,10 @@ def grant_privileges(*, using: str = "default", **_: Any) -> None:
         for table in INSERT_ONLY_TABLES:
             if table in existing:
                 cursor.execute(f"REVOKE UPDATE, DELETE, TRUNCATE ON {table} FROM {APPLICATION_ROLE}")
+        # The application goes through the partitioned table: its partitions are nobody's but the owner's.
+        cursor.execute(
+            "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent::regclass::text = ANY (%s)",
+            [list(INSERT_ONLY_TABLES)],
+        )
+        for (partition,) in cursor.fetchall():
+            cursor.execute(f"REVOKE ALL ON {partition} FROM {APPLICATION_ROLE}")

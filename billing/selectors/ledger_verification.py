@@ -115,12 +115,12 @@ def _find_excess_right() -> str:
     """The application must own no table and have no right to change what is insert-only."""
     row = _fetch_one(
         """
-        SELECT tables.tablename, CASE WHEN tables.tableowner = roles.rolname THEN 'owns' ELSE 'may change' END
-        FROM pg_tables AS tables CROSS JOIN pg_roles AS roles
-        WHERE roles.rolname = %s AND tables.schemaname = 'public'
-          AND (tables.tableowner = roles.rolname
-               OR (tables.tablename = ANY (%s) AND has_table_privilege(
-                   roles.rolname, format('public.%%I', tables.tablename), 'UPDATE, DELETE, TRUNCATE')))
+        SELECT tables.relname, CASE WHEN tables.relowner = roles.oid THEN 'owns' ELSE 'may change' END
+        FROM pg_class AS tables CROSS JOIN pg_roles AS roles LEFT JOIN pg_inherits ON inhrelid = tables.oid
+        WHERE roles.rolname = %s AND tables.relnamespace = 'public'::regnamespace AND tables.relkind IN ('r', 'p')
+          AND (tables.relowner = roles.oid
+               OR (coalesce(inhparent, tables.oid)::regclass::text = ANY (%s)
+                   AND has_table_privilege(roles.oid, tables.oid, 'UPDATE, DELETE, TRUNCATE')))
         ORDER BY 1 LIMIT 1
         """,
         [APPLICATION_ROLE, list(INSERT_ONLY_TABLES)],
