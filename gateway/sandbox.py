@@ -72,9 +72,13 @@ class _CutError(Exception):
 
 @dataclass(slots=True)
 class Record:
-    """One request as this side saw it. `output_tokens` are those sent; outcome: served, failed, cut or aborted."""
+    """One request as this side saw it. `output_tokens` are those sent; outcome: served, failed, cut or aborted.
+
+    `caller_request_id` is the `x-request-id` that came with it: a gateway's call id.
+    """
 
     request_id: str
+    caller_request_id: str
     user: str
     model: str
     endpoint: str
@@ -96,7 +100,7 @@ class Sandbox:
             return
         path = scope["path"]
         if path in _ENDPOINTS and scope["method"] == "POST":
-            await self._serve(_ENDPOINTS[path], receive, send)
+            await self._serve(_ENDPOINTS[path], scope, receive, send)
         elif path == "/healthz":
             await _send_json(send, 200, {"status": "ok"})
         elif path == "/v1/models":
@@ -124,10 +128,11 @@ class Sandbox:
             stats["records"] = [msgspec.to_builtins(record) for record in self.records]
         return stats
 
-    async def _serve(self, endpoint: str, receive: Receive, send: Send) -> None:
+    async def _serve(self, endpoint: str, scope: Scope, receive: Receive, send: Send) -> None:
         self.sequence += 1
         record = Record(
             f"{'chatcmpl' if endpoint == 'chat.completions' else 'cmpl'}-sandbox-{self.sequence}",
+            dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:64],
             "",
             "",
             endpoint,
