@@ -164,10 +164,21 @@ def own_redis(server_folder: Path) -> Iterator[EmbeddedRedis]:
 @pytest.fixture(scope="session")
 def hledger_program() -> str:
     """The path of hledger, an independent ledger program that our export is checked against."""
-    program = shutil.which("hledger")
-    if program:
-        return program
-    message = "hledger is not installed (apt-get install hledger): the ledger export was not checked against it"
+    return _find_oracle("hledger", package="hledger")
+
+
+@pytest.fixture(scope="session")
+def pdftotext_program() -> str:
+    """The path of pdftotext, which reads what a printed page says."""
+    return _find_oracle("pdftotext", package="poppler-utils")
+
+
+def _find_oracle(program: str, *, package: str) -> str:
+    """Return the path of a program of Debian's; without it the test fails in CI, and is skipped elsewhere."""
+    path = shutil.which(program)
+    if path:
+        return path
+    message = f"{program} is not installed (apt-get install {package}): nothing was checked against it"
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -148,11 +147,10 @@ def test_pdfs_are_the_same_bytes_in_every_process():
     assert len(set(hashes)) == 5
 
 
-@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="poppler-utils is not installed")
-def test_printed_invoice_says_what_was_agreed(tmp_path):
+def test_printed_invoice_says_what_was_agreed(tmp_path, pdftotext_program):
     file = tmp_path / "invoice.pdf"
     file.write_bytes(invoice_document.render_pdf(sample.build_invoice()))
-    text = subprocess.run(["pdftotext", "-layout", file, "-"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([pdftotext_program, "-layout", file, "-"], capture_output=True, text=True, check=True).stdout
     words = " ".join(text.split())
     for expected in (
         "TB-2026-000042",
@@ -171,12 +169,11 @@ def test_printed_invoice_says_what_was_agreed(tmp_path):
     assert "DRAFT" not in words
 
 
-@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="poppler-utils is not installed")
-def test_long_invoice_repeats_its_head_on_every_page(tmp_path):
+def test_long_invoice_repeats_its_head_on_every_page(tmp_path, pdftotext_program):
     file = tmp_path / "invoice.pdf"
     line = sample.build_invoice().lines[0]
     file.write_bytes(invoice_document.render_pdf(sample.build_invoice(lines=(line,) * 120)))
-    text = subprocess.run(["pdftotext", "-layout", file, "-"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([pdftotext_program, "-layout", file, "-"], capture_output=True, text=True, check=True).stdout
     pages = [page for page in text.split("\f") if page.strip()]
     assert len(pages) == 4
     for number, page in enumerate(pages, start=1):
