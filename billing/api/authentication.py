@@ -37,6 +37,11 @@ class TenantCaller:
         """Identify the caller in throttles."""
         return f"tenant-{self.tenant.pk}"
 
+    @property
+    def tenant_id(self) -> int:
+        """What metering knows of a tenant (`metering/api/callers.py`)."""
+        return int(self.tenant.pk)
+
 
 class ApiKeyAuthentication(BaseAuthentication):
     """`Authorization: Bearer sk-tb-…`: the same keys, hashed in the same way, as at the gateway."""
@@ -76,11 +81,6 @@ class MayReadBills(BasePermission):
             endpoints = caller.api_key.endpoints
             return not endpoints or BILLING_ENDPOINT in endpoints
         return bool(caller.is_active and caller.is_staff and caller.has_perm("billing.view_invoice"))
-
-
-def get_own_tenant_id(request: Request) -> int | None:
-    """Return the tenant that a caller is limited to, or None for staff, who see all."""
-    return request.user.tenant.pk if isinstance(request.user, TenantCaller) else None
 
 
 class ApiKeyScheme(OpenApiAuthenticationExtension):

@@ -16,12 +16,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from billing.api.authentication import (
-    ApiKeyAuthentication,
-    MayReadBills,
-    StaffSessionAuthentication,
-    get_own_tenant_id,
-)
+from billing.api.authentication import ApiKeyAuthentication, MayReadBills, StaffSessionAuthentication
 from billing.api.downloads import CONTENT_TYPES, build_invoice_download
 from billing.api.serializers import (
     InvoiceDetail,
@@ -35,6 +30,7 @@ from billing.core.errors import InvalidInputError
 from billing.core.periods import Month
 from billing.models import Invoice, Tenant
 from billing.selectors.usage_report import list_usage
+from metering.api.callers import get_own_tenant_id
 
 REFUSALS = {401: Problem, 403: Problem}
 BAD_QUESTION = OpenApiResponse(OpenApiTypes.OBJECT, description="a list of problems for each parameter")

@@ -16,4 +16,5 @@ urlpatterns = [
     path("healthz", healthz),
     path("admin/", admin.site.urls),
     path("api/", include("billing.api.urls")),
+    path("api/v1/", include("metering.api.urls")),
 ]

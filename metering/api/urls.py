@@ -1,0 +1,7 @@
+"""Routes of metering below `/api/v1/`. Each has an entry in `tests/billing/api/test_isolation.py`, or that fails."""
+
+from __future__ import annotations
+
+from django.urls import URLPattern
+
+urlpatterns: list[URLPattern] = []
