@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from gateway import relay
+from gateway import idempotency, relay
 from gateway.admission import ADMIT, CANCEL, Admission, estimate_call
 from gateway.authentication import Authenticator, check_scope
 from gateway.calls import Call, read_labels
@@ -83,7 +83,7 @@ class GatewayApp:
         """Connect, read the catalog, open the spool; raises CannotStartError."""
         settings = self._settings
         timeout_s = settings.redis_timeout_ms / 1000
-        scripts = (ADMIT, CANCEL, SETTLE, PLACE_HOLD, RENEW, LIST_EXPIRED)
+        scripts = (ADMIT, CANCEL, SETTLE, PLACE_HOLD, RENEW, LIST_EXPIRED, idempotency.IDEMPOTENCY)
         self._telemetry = Telemetry(self._worker, settings.metrics_dir)
         self._redis = RedisConnection(settings.redis_url, timeout_s=timeout_s, scripts=scripts)
         producer = f"gw-{uuid.uuid4().hex}"
@@ -102,6 +102,7 @@ class GatewayApp:
             telemetry=self._telemetry,
             settings=settings,
         )
+        self._idempotency = idempotency.Idempotency(self._redis, settings, self._telemetry)
         self._snapshots = SnapshotReader(
             self._redis,
             RedisConnection(settings.redis_url, timeout_s=timeout_s),
@@ -241,7 +242,12 @@ class GatewayApp:
             labels=read_labels(request.json),
         )
         estimate_call(call)
-        await relay.Relay(self._parts, exchange, call).run(offer.upstreams)
+        if exchange.get_header(idempotency.HEADER) is None:
+            await relay.Relay(self._parts, exchange, call).run(offer.upstreams)
+            return
+        await self._idempotency.serve(
+            exchange, call, lambda recording: relay.Relay(self._parts, recording, call).run(offer.upstreams)
+        )
 
     def _authenticate(self, exchange: Exchange) -> tuple[Catalog, Caller]:
         catalog = self._snapshots.get_usable()

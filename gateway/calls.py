@@ -67,6 +67,8 @@ class Call(msgspec.Struct, kw_only=True):
     rate_second: int | None = None
     has_spooled_intent: bool = False
     is_settled: bool = False
+    # Set when the event is durable.
+    outcome: Outcome | None = None
     upstream: UpstreamRecord | None = None
     meter: StreamMeter | None = None
     attempts: list[Attempt] = []

@@ -74,6 +74,9 @@ class Exchange:
         "started_at",
     )
 
+    # Whether the answer is wanted to its end even when the client has gone: writing to it then does nothing else.
+    keeps_answer = False
+
     def __init__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]

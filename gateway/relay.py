@@ -221,10 +221,10 @@ class Relay:
         if result.error is not None:
             raise AttemptFailedError(result.error.code, result.error, is_exposed=True)
         self._note_success(upstream)
-        if self._is_gone:
+        if self._is_gone and not exchange.keeps_answer:
             await self._settle_gone(result)
             return
-        verdict = await self._judge(result, Outcome.COMPLETED)
+        verdict = await self._judge(result, Outcome.CLIENT_ABORTED if self._is_gone else Outcome.COMPLETED)
         try:
             cost = await self._settle(verdict)
         except SpoolFullError:
@@ -255,7 +255,7 @@ class Relay:
             while not meter.is_done and (data := await connection.read_chunk()):
                 connection.extend_deadline(timeout_s)
                 frames = meter.feed(data)
-                if frames and not self._is_gone:
+                if frames and (not self._is_gone or exchange.keeps_answer):
                     if not exchange.has_started:
                         call.first_byte_us = self._measure_us()
                         await exchange.start_stream(self._rate_headers)
@@ -267,6 +267,8 @@ class Relay:
             # A client that leaves stops the upstream (`abort`), or the answer is read on for its count (`drain`).
             self._note_success(upstream)
             await self._settle_gone(result)
+            if result.is_complete and exchange.keeps_answer:
+                await exchange.finish_stream(b"data: [DONE]\n\n")
             return
         if result.error is not None or failed_with is not None or not result.is_complete:
             await self._fail_stream(upstream, result, failed_with)
@@ -323,6 +325,7 @@ class Relay:
         except SpoolFullError:
             parts.telemetry.unrecorded.add()
             raise
+        call.outcome = verdict.outcome
         parts.telemetry.calls_recorded.add(1, (model, verdict.outcome, verdict.source))
         parts.telemetry.tokens.add(verdict.usage.input_tokens, (model, "input"))
         parts.telemetry.tokens.add(verdict.usage.output_tokens, (model, "output"))

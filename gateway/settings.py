@@ -40,6 +40,8 @@ class Settings:
     receive_timeout_s: int = 30
     snapshot_age_max_s: int = 86_400
     audit_permille: int = 20
+    idempotency_ttl_s: int = 86_400
+    idempotency_bytes_max: int = 1024 * 1024
 
     @property
     def spool_dir(self) -> Path:
@@ -69,6 +71,8 @@ _INTEGERS = (
     ("TOLLBOOK_GATEWAY_RECEIVE_TIMEOUT_S", "receive_timeout_s", 1, 3_600),
     ("TOLLBOOK_GATEWAY_SNAPSHOT_AGE_MAX_S", "snapshot_age_max_s", 1, 31 * 86_400),
     ("TOLLBOOK_GATEWAY_AUDIT_PERMILLE", "audit_permille", 0, 1_000),
+    ("TOLLBOOK_GATEWAY_IDEMPOTENCY_TTL_S", "idempotency_ttl_s", 1, 31 * 86_400),
+    ("TOLLBOOK_GATEWAY_IDEMPOTENCY_BYTES_MAX", "idempotency_bytes_max", 0, 64 * 1024 * 1024),
 )
 
 

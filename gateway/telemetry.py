@@ -127,6 +127,9 @@ class Telemetry:
         self.requests_refused = Counter(
             f"{prefix}_requests_refused_total", "Requests answered without forwarding.", ("status", "code")
         )
+        self.answers_replayed = Counter(
+            f"{prefix}_answers_replayed_total", "Requests answered with what their Idempotency-Key had stored."
+        )
         self.calls_forwarded = Counter(f"{prefix}_calls_forwarded_total", "Calls sent to an upstream.")
         self.calls_recorded = Counter(
             f"{prefix}_calls_recorded_total", "Calls whose event is durable.", ("model", "outcome", "usage_source")
