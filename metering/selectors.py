@@ -107,10 +107,11 @@ def _select(usage_filter: UsageFilter) -> QuerySet[UsageRollup]:
     return UsageRollup.objects.filter(**given).order_by()
 
 
-def get_receipt(call_id: uuid.UUID | str, *, tenant_id: int | None = None) -> UsageEvent | None:
+def get_usage_event(call_id: uuid.UUID | str, *, tenant_id: int | None = None) -> UsageEvent | None:
     """Return the raw event of a call, or None; with `tenant_id`, only where it is that tenant's.
 
-    The id holds its time, so one day's partition is searched, by key. Raises ValueError where it is no UUID.
+    The only way to one raw event, wherever it is kept. The id holds its time, so one day's partition is searched,
+    by key. Raises ValueError where it is no UUID.
     """
     events = UsageEvent.objects.filter(call_id=uuid.UUID(str(call_id)))
     if tenant_id is not None:

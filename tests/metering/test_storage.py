@@ -11,7 +11,7 @@ from django.db import IntegrityError, connection
 
 from metering.models import DeadLetter, HourlyCount, SequenceGap, UsageEvent
 from metering.rolling_up import RollUpTotals
-from metering.selectors import get_receipt
+from metering.selectors import get_usage_event
 from metering.services import create_partitions_ahead, roll_up
 from tests.metering.builders import build_event, get_us, send
 
@@ -85,11 +85,11 @@ def test_receipt_reads_one_partition_by_its_key(metering: redis.Redis) -> None:
     events = [build_event(seq, occurred_at_us=start_us + seq * 86_400_000_000) for seq in range(1, 6)]
     send(metering, events)
     roll_up()
-    receipt = get_receipt(events[2].call_id)
+    receipt = get_usage_event(events[2].call_id)
     assert receipt is not None
     assert (str(receipt.call_id), receipt.seq) == (events[2].call_id, 3)
-    assert get_receipt(events[2].call_id, tenant_id=1) == receipt
-    assert get_receipt(events[2].call_id, tenant_id=2) is None
+    assert get_usage_event(events[2].call_id, tenant_id=1) == receipt
+    assert get_usage_event(events[2].call_id, tenant_id=2) is None
     plan = UsageEvent.objects.filter(call_id=events[2].call_id).explain()
     assert "metering_usage_event_20261008_call_id_idx" in plan
     assert plan.count("Scan") == 1
