@@ -6,9 +6,8 @@ import logging
 from functools import partial
 from typing import Any
 
-from gateway.calls import Call, build_hold, compute_estimate_nano, get_month
+from gateway.calls import Call, build_hold, get_month
 from gateway.contract.catalog_snapshot import UpstreamRecord
-from gateway.contract.usage_event import TOKENS_MAX
 from gateway.errors import (
     RATE_LIMIT,
     GatewayError,
@@ -22,13 +21,11 @@ from gateway.redis_connection import RedisConnection, Script
 from gateway.settings import Settings
 from gateway.snapshot_reader import LIMIT_MAX, Caller
 from gateway.spool import SpooledIntent
-from gateway.tokenizer import estimate_input_tokens
 
 log = logging.getLogger("gateway.admission")
 
 ADMIT = Script("admit")
 CANCEL = Script("cancel")
-CHOICES_MAX = 128
 WINDOW_S = 60
 NO_RETRY = (b"x-should-retry", b"false")
 
@@ -159,24 +156,6 @@ class Admission:
             self._to_cancel.pop(call_id, None)
 
 
-def estimate_call(call: Call) -> None:
-    """Set the most that `call` can use: input by its size, output by its limits, times the number of choices."""
-    body = call.request.json
-    context = call.model.context_tokens_max or TOKENS_MAX
-    prompts = 1
-    if call.endpoint == "completions" and isinstance(body.get("prompt"), list):
-        prompts = max(1, len(body["prompt"]))
-    input_tokens = min(estimate_input_tokens(len(call.request.body)), context * prompts)
-    output_tokens = 0
-    if call.endpoint != "embeddings":
-        bounds = [_read_count(body.get(name)) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
-        asked = max((bound for bound in bounds if bound is not None), default=call.model.output_tokens_max)
-        choices = max(_read_count(body.get("n")) or 1, _read_count(body.get("best_of")) or 1)
-        output_tokens = min(asked, context) * min(choices, CHOICES_MAX) * prompts
-    call.estimate_tokens = input_tokens + output_tokens
-    call.estimate_nano = compute_estimate_nano(call.price, input_tokens=input_tokens, output_tokens=output_tokens)
-
-
 def build_rate_limit_headers(caller: Caller, used: list[int]) -> Headers:
     """Return `x-ratelimit-*` of the tighter of the two scopes; `used` is requests and tokens of each."""
     tenant, key = caller.tenant.limits, caller.api_key.limits
@@ -219,8 +198,3 @@ def _build_limit_error(reply: list[Any]) -> GatewayError:
         type=RATE_LIMIT,
         headers=((b"retry-after", b"%d" % min(wait_s, WINDOW_S)),),
     )
-
-
-def _read_count(value: object) -> int | None:
-    """Return a positive JSON integer, or None for anything else: the upstream will refuse it."""
-    return min(value, TOKENS_MAX) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import msgspec
 
 from gateway import idempotency, relay
-from gateway.admission import ADMIT, CANCEL, Admission, estimate_call
+from gateway.admission import ADMIT, CANCEL, Admission
 from gateway.authentication import Authenticator, check_scope
 from gateway.calls import Call, read_labels
 from gateway.contract.catalog_snapshot import ServedModelRecord
@@ -241,7 +241,6 @@ class GatewayApp:
             request=request,
             labels=read_labels(request.json),
         )
-        estimate_call(call)
         if exchange.get_header(idempotency.HEADER) is None:
             await relay.Relay(self._parts, exchange, call).run(offer.upstreams)
             return

@@ -51,7 +51,10 @@ class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
 
 
 class Call(msgspec.Struct, kw_only=True):
-    """One call from admission to settle. Times: `started_at` is monotonic seconds."""
+    """One call from admission to settle. Times: `started_at` is monotonic seconds.
+
+    `window_tokens`: the most input that is believable, the model's window for each prompt.
+    """
 
     call_id: str
     occurred_at_us: int
@@ -62,6 +65,7 @@ class Call(msgspec.Struct, kw_only=True):
     endpoint: str
     request: CallRequest
     labels: dict[str, str]
+    window_tokens: int = 0
     estimate_nano: int = 0
     estimate_tokens: int = 0
     rate_second: int | None = None

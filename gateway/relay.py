@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 
 from gateway.admission import Admission, Headers
+from gateway.call_bounds import bound_call
 from gateway.calls import ATTEMPT_COMPLETED, NOTHING_USED, Call, Verdict, build_settlement, format_nano
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
@@ -95,6 +96,7 @@ class Relay:
         """Serve the call; raises GatewayError where nothing has been sent to the client."""
         parts, call = self._parts, self._call
         loop_time = asyncio.get_running_loop().time
+        await bound_call(call)
         candidates = list_candidates(
             upstreams,
             is_open=lambda upstream_id: parts.breakers.is_open(upstream_id, now=loop_time()),
@@ -216,7 +218,7 @@ class Relay:
         connection.release()
         self._connection = None
         result = provider.parse_response(
-            body, connection.headers, context_tokens_max=call.model.context_tokens_max, call=call.request
+            body, connection.headers, context_tokens_max=call.window_tokens, call=call.request
         )
         if result.error is not None:
             raise AttemptFailedError(result.error.code, result.error, is_exposed=True)
@@ -245,7 +247,7 @@ class Relay:
         call, exchange = self._call, self._exchange
         meter = provider.open_stream(
             client_asked_usage=call.request.client_asked_usage,
-            context_tokens_max=call.model.context_tokens_max,
+            context_tokens_max=call.window_tokens,
             call=call.request,
         )
         call.meter = meter

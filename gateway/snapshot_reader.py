@@ -92,7 +92,10 @@ def build_partition_keys(partition: int) -> PartitionKeys:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: an API key and its tenant, with what admission needs of them, made once per snapshot."""
+    """Who calls: an API key and its tenant, with what admission needs of them, made once per snapshot.
+
+    `limits_tokens`: money or tokens are limited, so no call may use more than its hold.
+    """
 
     tenant: TenantRecord
     api_key: ApiKeyRecord
@@ -101,6 +104,7 @@ class Caller:
     rate_keys: tuple[str, str]
     limit_arguments: tuple[int | str, ...]
     has_rate_limit: bool
+    limits_tokens: bool
     needs_redis: bool
     unenforceable_limit: str | None
 
@@ -172,6 +176,7 @@ def build_catalog(snapshot: CatalogSnapshot, *, sandbox_url: str = "") -> Catalo
 
 def _build_caller(tenant: TenantRecord, api_key: ApiKeyRecord, keys: PartitionKeys) -> Caller:
     scopes = (tenant.limits, api_key.limits)
+    has_budget = tenant.is_prepaid or any(limits.monthly_budget_nano is not None for limits in scopes)
     return Caller(
         tenant=tenant,
         api_key=api_key,
@@ -182,7 +187,8 @@ def _build_caller(tenant: TenantRecord, api_key: ApiKeyRecord, keys: PartitionKe
         has_rate_limit=any(
             limits.requests_per_minute is not None or limits.tokens_per_minute is not None for limits in scopes
         ),
-        needs_redis=tenant.is_prepaid or any(limits.monthly_budget_nano is not None for limits in scopes),
+        limits_tokens=has_budget or any(limits.tokens_per_minute is not None for limits in scopes),
+        needs_redis=has_budget,
         unenforceable_limit=next((name for limits in scopes if (name := _find_unenforceable(limits))), None),
     )
 

@@ -39,7 +39,10 @@ class UnsupportedCallError(ProviderError):
 
 @dataclass(frozen=True, slots=True)
 class CallRequest:
-    """A tenant's call. `headers` are already filtered: only what may be forwarded."""
+    """A tenant's call. `headers` are already filtered: only what may be forwarded.
+
+    `has_gateway_cap`: the bound of the output is ours, the client named none; it is in `body` and `json`.
+    """
 
     endpoint: str
     body: bytes
@@ -47,6 +50,7 @@ class CallRequest:
     streamed: bool
     client_asked_usage: bool
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    has_gateway_cap: bool = False
 
     @property
     def client_asked_continuous_usage(self) -> bool:

@@ -1,7 +1,7 @@
 """An inference server that counts: `python -m tests.fakes.counting_upstream PORT`. Fast, and knows every call id.
 
-The body says what to do: `chunks` (of one token each), `chunk_delay_ms`, `fault` (`http_500`, `hang`). Usage is
-continuous, 7 input tokens. `GET /stats` returns {call id: [requests, tokens sent, ended]}.
+The body says what to do: `chunks` (of one token each, `max_tokens` at most), `chunk_delay_ms`, `fault` (`http_500`,
+`hang`). Usage is continuous, 7 input tokens. `GET /stats` returns {call id: [requests, tokens sent, ended]}.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class CountingUpstream:
         if fault == "hang":
             await asyncio.sleep(3600)
         chunks, delay_s = body.get("chunks", 5), body.get("chunk_delay_ms", 0) / 1000
+        chunks = min(chunks, body.get("max_tokens") or chunks)
         if not body.get("stream"):
             await asyncio.sleep(delay_s)
             message = {"role": "assistant", "content": "w " * chunks}

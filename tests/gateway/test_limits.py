@@ -107,6 +107,19 @@ def test_a_budget_for_100_calls_lets_exactly_100_of_500_pass(limit_stack: LimitS
     assert read_holds(limit_stack.redis) == NO_HOLDS
 
 
+def test_calls_that_name_no_bound_are_held_to_the_one_that_their_hold_assumed(limit_stack: LimitStack) -> None:
+    # The upstream would say 6,000 tokens; the model's bound is 2,048, and the budget is for exactly 30 such calls.
+    body = {"chunks": 6_000, "chunk_delay_ms": 200}
+    sent = json.dumps({"model": MODEL, "messages": MESSAGES, **body})
+    budget = 30 * estimate_nano(len(sent), 2_048)
+    api_key = limit_stack.add_tenant(6, Limits(monthly_budget_nano=budget))
+    answers = limit_stack.send_at_once(api_key, body, count=60)
+    assert count_statuses(answers) == {200: 30, 429: 30}
+    events = [event for event in read_events(limit_stack.redis) if event.tenant_id == 6]
+    assert {event.output_tokens for event in events} == {2_048}
+    assert sum((event.input_tokens + 2 * event.output_tokens) * 1_000 for event in events) <= budget
+
+
 def test_requests_per_minute_let_exactly_100_of_500_pass(limit_stack: LimitStack) -> None:
     api_key = limit_stack.add_tenant(2, Limits(requests_per_minute=ALLOWED))
     assert count_statuses(limit_stack.send_at_once(api_key, {})) == {200: ALLOWED, 429: CLIENTS - ALLOWED}

@@ -1,6 +1,7 @@
 """Kind `qianfan_v1` against a logged stream and a logged answer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,12 @@ def turn(role):
 def test_what_cannot_be_said_is_refused(members):
     with pytest.raises(UnsupportedCallError):
         build(**members)
+
+
+def test_a_cap_of_the_gateway_is_left_out():
+    call = replace(build_chat_call(max_tokens=5), has_gateway_cap=True)
+    request = get_provider("qianfan_v1").build_request(call, UPSTREAM, "24.a/b")
+    assert "max_tokens" not in json.loads(request.body)
 
 
 @pytest.mark.parametrize("size", [3, 1000])
