@@ -119,6 +119,15 @@ def get_usage_event(call_id: uuid.UUID | str, *, tenant_id: int | None = None) -
     return events.first()
 
 
+def get_quarantined_event(call_id: uuid.UUID | str, *, tenant_id: int | None = None) -> QuarantinedEvent | None:
+    """Return the event of a call that is held or was voided, or None; with `tenant_id`, only that tenant's."""
+    held_or_voided = (QuarantinedEvent.State.HELD, QuarantinedEvent.State.VOIDED)
+    events = QuarantinedEvent.objects.filter(call_id=str(call_id), state__in=held_or_voided)
+    if tenant_id is not None:
+        events = events.filter(tenant_id=tenant_id)
+    return events.first()
+
+
 @dataclass(frozen=True, slots=True)
 class MissingEvents:
     """An open gap: events that a producer numbered and that have not arrived."""

@@ -12,6 +12,7 @@ from billing.api.authentication import (
 )
 from billing.models import Invoice
 from metering.api.callers import get_own_tenant_id
+from metering.models import UsageEvent
 
 # Not about tenants: what the API looks like.
 PUBLIC = {"api_schema", "api_docs"}
@@ -49,11 +50,19 @@ def check_usage(own, other):
     assert other.get(reverse("api_usage"), asked | {"tenant": "acme"}).status_code == 403
 
 
+def check_receipt(own, other):
+    acme = Invoice.objects.filter(tenant__party__slug="acme").first().tenant_id
+    url = reverse("api_receipt", args=[UsageEvent.objects.filter(tenant_id=acme).first().call_id])
+    assert own.get(url).json()["state"] == "recorded"
+    assert other.get(url).status_code == 404
+
+
 ISOLATION = {
     "api_invoices": check_invoice_list,
     "api_invoice": check_invoice,
     "api_invoice_document": check_invoice_document,
     "api_usage": check_usage,
+    "api_receipt": check_receipt,
 }
 
 

@@ -15,6 +15,7 @@ def test_schema_is_valid_and_complete(client, db, recwarn):
         "/api/v1/invoices/{number}": {"get"},
         "/api/v1/invoices/{number}/{extension}": {"get"},
         "/api/v1/usage": {"get"},
+        "/api/v1/usage-events/{call_id}": {"get"},
     }
     for item in schema["paths"].values():
         assert item["get"]["security"] == [{"apiKey": []}, {"staffSession": []}]
