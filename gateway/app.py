@@ -7,7 +7,8 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,7 +21,7 @@ from gateway.calls import Call, read_labels
 from gateway.contract.catalog_snapshot import ServedModelRecord
 from gateway.errors import SERVER, GatewayError, RedisUnavailableError, build_metering_unavailable
 from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
-from gateway.exchange import ClientGoneError, Exchange
+from gateway.exchange import Exchange
 from gateway.providers.base import CallRequest
 from gateway.redis_connection import RedisConnection
 from gateway.routing import CircuitBreakers
@@ -36,7 +37,7 @@ log = logging.getLogger("gateway")
 
 JSON_TYPE = (b"content-type", b"application/json")
 # Of the tenant's headers only these go on to a provider: never its key, its cookies or its SDK's marks.
-FORWARDED_HEADERS = frozenset((b"traceparent", b"tracestate"))
+FORWARDED_HEADERS = (b"traceparent", b"tracestate")
 ENDPOINTS = {
     "/v1/chat/completions": "chat.completions",
     "/v1/completions": "completions",
@@ -52,6 +53,16 @@ class CannotStartError(RuntimeError):
     code = "cannot_start"
 
 
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What serves a path. `is_public`: without an API key. `endpoint` is set where the route forwards a call."""
+
+    method: str
+    serve: Callable[[Exchange], Coroutine[Any, Any, None]]
+    endpoint: str = ""
+    is_public: bool = False
+
+
 class GatewayApp:
     """One gateway process: its connections, its in-flight calls and its routes."""
 
@@ -60,22 +71,43 @@ class GatewayApp:
         self._worker = worker
         self._authenticator = Authenticator(settings.api_key_pepper)
         self._background: list[asyncio.Task[None]] = []
+        self._routes = self._build_routes()
+        self._model_route = Route("GET", self._serve_model)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Serve one ASGI connection scope."""
+        """Start and stop, as uvicorn asks by ASGI's lifespan protocol; requests come to `serve`."""
         if scope["type"] == "lifespan":
             await self._run_lifespan(receive, send)
+
+    # http_server.Application
+
+    def check_head(self, exchange: Exchange) -> None:
+        """Find the route and the caller of a request; raises GatewayError. No stranger's body is waited for."""
+        route = self._find_route(exchange.path)
+        if route is None:
+            raise GatewayError(404, "unknown_url", f"Unknown request URL: {exchange.method} {exchange.path}.")
+        if exchange.method != route.method:
+            raise _build_method_not_allowed(exchange, route.method)
+        exchange.route = route
+        if route.is_public:
             return
-        if scope["type"] != "http":
-            return
-        exchange = Exchange(scope, receive, send)
+        catalog = self._snapshots.get_usable()
+        if catalog is None:
+            raise _build_catalog_unavailable()
+        exchange.catalog = catalog
+        exchange.caller = self._authenticator.authenticate(
+            exchange.headers.get(b"authorization"), catalog, now_ms=exchange.occurred_at_us // 1000
+        )
+
+    async def serve(self, exchange: Exchange) -> None:
+        """Answer one exchange."""
         try:
-            await self._route(exchange)
+            if exchange.refusal is not None:
+                raise exchange.refusal
+            await exchange.route.serve(exchange)
         except GatewayError as error:
             self._telemetry.requests_refused.add(1, (str(error.status), error.code))
-            await exchange.send_error(error)
-        except ClientGoneError:
-            return
+            exchange.send_error(error)
 
     # Life
 
@@ -189,37 +221,27 @@ class GatewayApp:
 
     # Routes
 
-    async def _route(self, exchange: Exchange) -> None:
-        path = exchange.path
-        if not path.startswith("/v1/") and f"/v1{path}" in ENDPOINTS:
-            path = f"/v1{path}"
-        endpoint = ENDPOINTS.get(path)
-        if endpoint is not None:
-            _require_method(exchange, "POST")
-            await self._serve_call(exchange, endpoint)
-            return
-        route = self._find_read_route(path)
-        if route is None:
-            raise GatewayError(404, "unknown_url", f"Unknown request URL: {exchange.method} {exchange.path}.")
-        _require_method(exchange, "GET")
-        await route(exchange)
+    def _build_routes(self) -> dict[str, Route]:
+        routes = {
+            MODELS_PATH: Route("GET", self._serve_models),
+            USAGE_PATH: Route("GET", self._serve_usage),
+            "/healthz": Route("GET", self._serve_health, is_public=True),
+            "/readyz": Route("GET", self._serve_readiness, is_public=True),
+            "/metrics": Route("GET", self._serve_metrics, is_public=True),
+        }
+        routes |= {path: Route("POST", self._serve_call, endpoint=endpoint) for path, endpoint in ENDPOINTS.items()}
+        # The base URL of a client may end in /v1 or not.
+        return routes | {path.removeprefix("/v1"): route for path, route in routes.items()}
 
-    def _find_read_route(self, path: str) -> Callable[[Exchange], Awaitable[None]] | None:
-        if path in (MODELS_PATH, "/models"):
-            return self._serve_models
-        if path.startswith(f"{MODELS_PATH}/"):
-            return self._serve_model
-        return {
-            USAGE_PATH: self._serve_usage,
-            "/healthz": self._serve_health,
-            "/readyz": self._serve_readiness,
-            "/metrics": self._serve_metrics,
-        }.get(path)
+    def _find_route(self, path: str) -> Route | None:
+        route = self._routes.get(path)
+        if route is None and path.startswith(f"{MODELS_PATH}/"):
+            return self._model_route
+        return route
 
-    async def _serve_call(self, exchange: Exchange, endpoint: str) -> None:
-        catalog, caller = self._authenticate(exchange)
-        body = await exchange.read_body(bytes_max=self._settings.request_bytes_max)
-        request = _parse_request(exchange, endpoint, body)
+    async def _serve_call(self, exchange: Exchange) -> None:
+        catalog, caller, endpoint = exchange.catalog, exchange.caller, exchange.route.endpoint
+        request = _parse_request(exchange, endpoint)
         model_name = request.json.get("model")
         if not isinstance(model_name, str) or not model_name:
             raise GatewayError(400, "missing_model", "You must provide a model parameter.", param="model")
@@ -241,35 +263,20 @@ class GatewayApp:
             request=request,
             labels=read_labels(request.json),
         )
-        if exchange.get_header(idempotency.HEADER) is None:
+        if idempotency.HEADER not in exchange.headers:
             await relay.Relay(self._parts, exchange, call).run(offer.upstreams)
             return
         await self._idempotency.serve(
             exchange, call, lambda recording: relay.Relay(self._parts, recording, call).run(offer.upstreams)
         )
 
-    def _authenticate(self, exchange: Exchange) -> tuple[Catalog, Caller]:
-        catalog = self._snapshots.get_usable()
-        if catalog is None:
-            raise GatewayError(
-                503,
-                "catalog_unavailable",
-                "The gateway has no current catalog.",
-                type=SERVER,
-                headers=((b"retry-after", b"1"),),
-            )
-        caller = self._authenticator.authenticate(
-            exchange.get_header(b"authorization"), catalog, now_ms=exchange.occurred_at_us // 1000
-        )
-        return catalog, caller
-
     async def _serve_models(self, exchange: Exchange) -> None:
-        catalog, caller = self._authenticate(exchange)
+        catalog, caller = exchange.catalog, exchange.caller
         data = [_describe_model(offer.model) for offer in _list_offers(catalog, caller)]
         await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode({"object": "list", "data": data}))
 
     async def _serve_model(self, exchange: Exchange) -> None:
-        catalog, caller = self._authenticate(exchange)
+        catalog, caller = exchange.catalog, exchange.caller
         name = unquote(exchange.path[len(MODELS_PATH) + 1 :])
         for offer in _list_offers(catalog, caller):
             if offer.model.name == name:
@@ -278,9 +285,8 @@ class GatewayApp:
         raise _build_model_not_found(name)
 
     async def _serve_usage(self, exchange: Exchange) -> None:
-        catalog, caller = self._authenticate(exchange)
         try:
-            report = await build_usage_report(self._redis, caller, catalog)
+            report = await build_usage_report(self._redis, exchange.caller, exchange.catalog)
         except RedisUnavailableError:
             raise build_metering_unavailable() from None
         await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(report))
@@ -305,17 +311,18 @@ class GatewayApp:
         await exchange.send_whole(200, [content_type], self._telemetry.render_all())
 
 
-def _require_method(exchange: Exchange, method: str) -> None:
-    if exchange.method != method:
-        raise GatewayError(
-            405,
-            "method_not_allowed",
-            f"Not allowed to {exchange.method} on {exchange.path}.",
-            headers=((b"allow", method.encode()),),
-        )
+def _build_method_not_allowed(exchange: Exchange, method: str) -> GatewayError:
+    message = f"Not allowed to {exchange.method} on {exchange.path}."
+    return GatewayError(405, "method_not_allowed", message, headers=((b"allow", method.encode()),))
 
 
-def _parse_request(exchange: Exchange, endpoint: str, body: bytes) -> CallRequest:
+def _build_catalog_unavailable() -> GatewayError:
+    message = "The gateway has no current catalog."
+    return GatewayError(503, "catalog_unavailable", message, type=SERVER, headers=((b"retry-after", b"1"),))
+
+
+def _parse_request(exchange: Exchange, endpoint: str) -> CallRequest:
+    body = exchange.body
     try:
         parsed = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -329,7 +336,10 @@ def _parse_request(exchange: Exchange, endpoint: str, body: bytes) -> CallReques
         json=parsed,
         streamed=parsed.get("stream") is True,
         client_asked_usage=isinstance(options, dict) and options.get("include_usage") is True,
-        headers=(*exchange.list_headers(FORWARDED_HEADERS), (b"x-request-id", exchange.call_id.encode())),
+        headers=(
+            *((name, exchange.headers[name]) for name in FORWARDED_HEADERS if name in exchange.headers),
+            (b"x-request-id", exchange.call_id.encode()),
+        ),
     )
 
 

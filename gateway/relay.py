@@ -251,19 +251,14 @@ class Relay:
             call=call.request,
         )
         call.meter = meter
-        timeout_s = upstream.timeout_ms / 1000
         failed_with: UpstreamConnectionError | None = None
+        exchange.set_pause_callback(connection.set_paused)
         try:
-            while not meter.is_done and (data := await connection.read_chunk()):
-                connection.extend_deadline(timeout_s)
-                frames = meter.feed(data)
-                if frames and (not self._is_gone or exchange.keeps_answer):
-                    if not exchange.has_started:
-                        call.first_byte_us = self._measure_us()
-                        await exchange.start_stream(self._rate_headers)
-                    await exchange.send_chunk(frames)
+            await connection.relay_body(self._relay_piece)
         except UpstreamConnectionError as error:
             failed_with = error
+        finally:
+            exchange.set_pause_callback(None)
         result = meter.finish()
         if self._is_gone:
             # A client that leaves stops the upstream (`abort`), or the answer is read on for its count (`drain`).
@@ -283,8 +278,23 @@ class Relay:
             await exchange.finish_stream(_build_error_frame(build_metering_unavailable()))
             return
         if not exchange.has_started:
-            await exchange.start_stream(self._rate_headers)
+            exchange.start_stream(self._rate_headers)
         await exchange.finish_stream(b"data: [DONE]\n\n")
+
+    def _relay_piece(self, data: bytes) -> None:
+        """Send on what has arrived of a stream; runs where the bytes arrive."""
+        call, exchange = self._call, self._exchange
+        meter, connection = call.meter, self._connection
+        assert meter is not None
+        assert connection is not None
+        frames = meter.feed(data)
+        if frames and (not self._is_gone or exchange.keeps_answer):
+            if not exchange.has_started:
+                call.first_byte_us = self._measure_us()
+                exchange.start_stream(self._rate_headers)
+            exchange.send_chunk(frames)
+        if meter.is_done:
+            connection.stop_relaying()
 
     async def _fail_stream(
         self, upstream: UpstreamRecord, result: CallResult, failed_with: UpstreamConnectionError | None
@@ -311,6 +321,7 @@ class Relay:
         if connection is None or upstream is None:
             return
         if upstream.on_client_abort == "drain":
+            connection.set_paused(False)
             loop = asyncio.get_running_loop()
             loop.call_later(DRAIN_S, connection.fail, CLIENT_GONE, "The drain has reached its bound.")
         else:

@@ -1,27 +1,33 @@
-"""uvicorn around the application: httptools, uvloop, one listening socket, and a bounded drain on SIGTERM."""
+"""uvicorn runs the process: one listening socket, signals, a bounded drain on SIGTERM. HTTP is `http_server.py`'s."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import socket
+from typing import Any
 
 import uvicorn
+from uvicorn.server import ServerState
 
 from gateway.app import GatewayApp
-from gateway.exchange import GatewayHttpProtocol, watch_receiving
+from gateway.http_server import HttpConnection, watch_time
 from gateway.settings import Settings
-
-KEEP_ALIVE_S = 75
 
 
 def serve(settings: Settings, listener: socket.socket, *, worker: str) -> int:
     """Serve on `listener` until SIGTERM; return the exit status."""
-    GatewayHttpProtocol.header_bytes_max = settings.header_bytes_max
-    GatewayHttpProtocol.receive_timeout_s = settings.receive_timeout_s
+    HttpConnection.header_bytes_max = settings.header_bytes_max
+    HttpConnection.body_bytes_max = settings.request_bytes_max
+    HttpConnection.receive_timeout_s = settings.receive_timeout_s
+    application = GatewayApp(settings, worker=worker)
+
+    def build_connection(*, server_state: ServerState, **_others: Any) -> HttpConnection:
+        return HttpConnection(application, server_state.connections, server_state.tasks)
+
     config = uvicorn.Config(
-        GatewayApp(settings, worker=worker),
-        http=GatewayHttpProtocol,
+        application,
+        http=build_connection,  # type: ignore[arg-type]
         loop="uvloop",
         ws="none",
         lifespan="on",
@@ -29,9 +35,6 @@ def serve(settings: Settings, listener: socket.socket, *, worker: str) -> int:
         access_log=False,
         log_config=None,
         log_level="warning",
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.drain_s,
     )
     server = _Server(config)
@@ -47,10 +50,9 @@ class _Server(uvicorn.Server):
         # What exists now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        self._watcher = asyncio.get_running_loop().create_task(
-            watch_receiving(lambda: tuple(self.server_state.connections))
-        )
+        connections: set[Any] = self.server_state.connections
+        self._watcher = asyncio.get_running_loop().create_task(watch_time(lambda: tuple(connections)))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._watcher.cancel()
         await super().shutdown(sockets)
+        self._watcher.cancel()

@@ -7,8 +7,10 @@ which costs less than a timer per call.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -17,6 +19,7 @@ import httptools
 from gateway.errors import UpstreamConnectionError
 from gateway.providers.base import UpstreamRequest
 
+# What an upstream may send before anybody reads it.
 BUFFERED_BYTES_MAX = 256 * 1024
 IDLE_PER_HOST_MAX = 256
 IDLE_S = 30.0
@@ -25,7 +28,7 @@ TICK_S = 0.25
 RESPONSE_HEADER_BYTES_MAX = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Origin:
     """Where an upstream listens."""
 
@@ -33,12 +36,12 @@ class Origin:
     port: int
     is_tls: bool
 
-    @property
-    def host_header(self) -> bytes:
-        """The value of `host`, without a default port."""
+    @functools.cached_property
+    def host_line(self) -> bytes:
+        """The header `host`, without a default port."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         is_default = self.port == (443 if self.is_tls else 80)
-        return (host if is_default else f"{host}:{self.port}").encode()
+        return f"host: {host if is_default else f'{host}:{self.port}'}\r\n".encode()
 
 
 def parse_origin(base_url: str) -> Origin:
@@ -51,7 +54,7 @@ def parse_origin(base_url: str) -> Origin:
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """One connection, one exchange at a time: `send`, `read_head`, then `read_body` or `read_chunk` until b""."""
+    """One connection, one exchange at a time: `send`, `read_head`, then `read_body`, or `relay_body` for a stream."""
 
     def __init__(self, origin: Origin, pool: UpstreamPool) -> None:
         self.status = 0
@@ -63,8 +66,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
-        self._chunks: deque[bytes] = deque()
+        self._chunks: list[bytes] = []
         self._buffered = 0
+        self._buffered_max = BUFFERED_BYTES_MAX
+        self._sink: Callable[[bytes], None] | None = None
+        self._broken: Exception | None = None
+        self._timeout_s = 0.0
         self._header_bytes = 0
         self._is_paused = False
         self._has_head = False
@@ -83,22 +90,18 @@ class UpstreamConnection(asyncio.Protocol):
         assert self._is_complete
         self.status = 0
         self.headers = {}
-        self._header_bytes = 0
+        self._header_bytes = self._buffered = 0
+        self._buffered_max = BUFFERED_BYTES_MAX
         self._has_head = self._has_bytes = self._is_complete = False
-        self.extend_deadline(timeout_s)
+        self._timeout_s = timeout_s
+        self.deadline = self._loop.time() + timeout_s
         self._pool.active.add(self)
-        lines = [
-            b"%b %b HTTP/1.1\r\nhost: %b\r\n"
-            % (request.method.encode(), request.path.encode(), self._origin.host_header)
-        ]
-        lines += [b"%b: %b\r\n" % header for header in request.headers]
+        lines = [b"%b %b HTTP/1.1\r\n" % (request.method.encode(), request.path.encode()), self._origin.host_line]
+        for header in request.headers:
+            lines.append(b"%b: %b\r\n" % header)
         lines.append(b"content-length: %d\r\n\r\n" % len(request.body))
         lines.append(request.body)
         self._transport.write(b"".join(lines))
-
-    def extend_deadline(self, timeout_s: float) -> None:
-        """Allow `timeout_s` more from now on."""
-        self.deadline = self._loop.time() + timeout_s
 
     async def read_head(self) -> None:
         """Wait for status and headers; raises UpstreamConnectionError."""
@@ -108,33 +111,55 @@ class UpstreamConnection(asyncio.Protocol):
 
     async def read_body(self, *, bytes_max: int) -> bytes:
         """Return the whole body; raises UpstreamConnectionError, also where it is larger than `bytes_max`."""
-        total = 0
-        parts = []
-        while chunk := await self.read_chunk():
-            total += len(chunk)
-            if total > bytes_max:
-                raise UpstreamConnectionError("upstream_answer_too_large", "The upstream's answer is too large.")
-            parts.append(chunk)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    async def read_chunk(self) -> bytes:
-        """Return everything that has arrived, or b"" at the end of the body; raises UpstreamConnectionError."""
-        while not self._chunks:
-            if self._is_complete:
-                return b""
+        self._buffered_max = bytes_max
+        self._go_on()
+        while not self._is_complete and self._buffered <= bytes_max:
             self._raise_failure()
             await self._wait()
-        data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        self._buffered = 0
-        if self._is_paused and self._transport is not None:
-            self._is_paused = False
+        if self._buffered > bytes_max:
+            raise UpstreamConnectionError("upstream_answer_too_large", "The upstream's answer is too large.")
+        chunks = self._chunks
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._chunks = []
+        return body
+
+    async def relay_body(self, sink: Callable[[bytes], None]) -> None:
+        """Give `sink` everything as it arrives, until the end of the body; raises UpstreamConnectionError.
+
+        `sink` runs where the bytes arrive, not in a task of its own: a piece of a stream costs no turn of the loop.
+        """
+        self._sink = sink
+        try:
+            self._flush()
+            self._go_on()
+            while not self._is_complete and self._sink is not None:
+                self._raise_failure()
+                await self._wait()
+        finally:
+            self._sink = None
+        if self._broken is not None:
+            raise self._broken
+
+    def stop_relaying(self) -> None:
+        """End `relay_body` although more would come; called by the sink."""
+        self._sink = None
+        self._wake()
+
+    def set_paused(self, is_paused: bool) -> None:
+        """Read nothing more, or go on: the client is too slow, or has caught up."""
+        self._is_paused = is_paused
+        if self._transport is None or self._is_closed:
+            return
+        if is_paused:
+            self._transport.pause_reading()
+        else:
+            self.deadline = self._loop.time() + self._timeout_s
             self._transport.resume_reading()
-        return data
 
     def release(self) -> None:
         """Give the connection back; it is kept for the next call if the exchange ended as the protocol wants."""
         self._pool.active.discard(self)
+        self._go_on()
         if self._is_complete and not self._is_closed and not self._chunks:
             self._pool.keep(self)
         else:
@@ -167,7 +192,7 @@ class UpstreamConnection(asyncio.Protocol):
     @property
     def is_awaited(self) -> bool:
         """Whether the relay waits for the upstream, and not for a slow client."""
-        return self._waiter is not None
+        return self._waiter is not None and not self._is_paused
 
     # asyncio.Protocol
 
@@ -193,10 +218,12 @@ class UpstreamConnection(asyncio.Protocol):
             self._pool.forget(self)
             return
         self._has_bytes = True
+        self.deadline = self._loop.time() + self._timeout_s
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.fail("upstream_malformed", "The upstream's answer is not valid HTTP.")
+        self._flush()
 
     # httptools callbacks
 
@@ -229,10 +256,6 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._chunks.append(body)
         self._buffered += len(body)
-        if self._buffered > BUFFERED_BYTES_MAX and not self._is_paused and self._transport is not None:
-            self._is_paused = True
-            self._transport.pause_reading()
-        self._wake()
 
     def on_message_complete(self) -> None:
         if self._is_complete or self.status < 200:
@@ -241,6 +264,26 @@ class UpstreamConnection(asyncio.Protocol):
         if not self._parser.should_keep_alive():
             self._is_closed = True
         self._wake()
+
+    def _flush(self) -> None:
+        """Hand on what has arrived. Nobody relays: wake the reader of a whole body at its bound, or stop reading."""
+        if self._sink is not None:
+            if self._chunks:
+                chunks, self._chunks = self._chunks, []
+                try:
+                    self._sink(chunks[0] if len(chunks) == 1 else b"".join(chunks))
+                except Exception as error:
+                    self._broken, self._sink = error, None
+                    self._wake()
+        elif self._buffered > self._buffered_max:
+            if self._waiter is not None:
+                self._wake()
+            else:
+                self.set_paused(True)
+
+    def _go_on(self) -> None:
+        if self._is_paused:
+            self.set_paused(False)
 
     def _ends_by_close(self) -> bool:
         return "content-length" not in self.headers and "transfer-encoding" not in self.headers

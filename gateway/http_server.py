@@ -1,0 +1,326 @@
+"""HTTP/1.1 on the tenant's side: bytes to exchanges, with bounds on size and time for whatever a stranger sends.
+
+httptools parses. A request is served when it has arrived whole, and refused as soon as its head is enough to do so.
+Requests that come before the answer to the first (pipelining) are answered one after the other, in order. What is
+not HTTP, too large or too slow gets an answer in OpenAI's shape, after which the connection is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from email.utils import formatdate
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+import httptools
+
+from gateway.errors import GatewayError
+from gateway.exchange import CLIENT_STALL_S, Exchange
+
+log = logging.getLogger("gateway.http")
+
+KEEP_ALIVE_S = 75.0
+# How long a refused client may go on sending what nobody reads: it gets its answer before the connection goes.
+LINGER_S = 2.0
+PIPELINED_MAX = 16
+TICK_S = 1.0
+_FOR_EVER = float("inf")
+
+
+class Application(Protocol):
+    """What serves the exchanges."""
+
+    def check_head(self, exchange: Exchange) -> None:
+        """Look at a request before its body is read; raises GatewayError to refuse it."""
+
+    def serve(self, exchange: Exchange) -> Coroutine[Any, Any, None]:
+        """Answer one exchange, that of a refusal too."""
+
+
+class HttpConnection(asyncio.Protocol):
+    """One connection of a client. Class attributes are set once, before the server starts."""
+
+    header_bytes_max = 32 * 1024
+    body_bytes_max = 32 * 1024 * 1024
+    receive_timeout_s = 30.0
+    date_line = b""
+
+    def __init__(self, application: Application, connections: set[Any], tasks: set[asyncio.Task[None]]) -> None:
+        self.is_gone = False
+        self.is_stopping = False
+        self.gone_callback: Callable[[], None] | None = None
+        self.pause_callback: Callable[[bool], None] | None = None
+        self._application = application
+        self._connections = connections
+        self._tasks = tasks
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        # The exchange that is being received, the one that is being answered, and those that wait for their turn.
+        self._incoming: Exchange | None = None
+        self._current: Exchange | None = None
+        self._waiting: deque[Exchange] = deque()
+        self._url = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._head_bytes = 0
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._has_begun = False
+        # Nothing more is parsed: what the client sends from now on is thrown away.
+        self._is_deaf = False
+        self._is_write_paused = False
+        self._deadline = _FOR_EVER
+
+    # For exchanges
+
+    def write(self, data: bytes) -> None:
+        """Send a part of an answer."""
+        if not self.is_gone:
+            self._transport.write(data)
+
+    def finish(self, exchange: Exchange, data: bytes) -> None:
+        """Send the end of an answer; then comes the next exchange, or the end of the connection."""
+        self._current = None
+        if self.is_gone:
+            return
+        self._transport.write(data)
+        if not exchange.is_kept_alive or self.is_stopping:
+            self._close()
+        elif self._waiting:
+            self._loop.call_soon(self._start_next)
+        else:
+            self._await_request()
+
+    def abort(self) -> None:
+        """Drop the connection at once."""
+        self._transport.abort()
+
+    # For the server
+
+    def check_time(self, now: float) -> None:
+        """Close a connection whose time is over; called by a coarse tick."""
+        if now < self._deadline:
+            return
+        if self._is_deaf or self._is_write_paused:
+            self.abort()
+        elif self._has_begun:
+            self._refuse(GatewayError(408, "request_timeout", "The request took too long to arrive."))
+        else:
+            self._transport.close()
+
+    def shutdown(self) -> None:
+        """Take no further request: uvicorn calls it when the process is to end."""
+        self.is_stopping = True
+        self._waiting.clear()
+        if self._current is None:
+            self._transport.close()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._connections.add(self)
+        self._has_begun = True
+        self._deadline = self._loop.time() + self.receive_timeout_s
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_gone = True
+        self._connections.discard(self)
+        self._waiting.clear()
+        callback, self.gone_callback = self.gone_callback, None
+        if callback is not None:
+            callback()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # No other protocol is spoken here. The request itself is served; nothing can follow it.
+            for exchange in (self._incoming, self._current, *self._waiting):
+                if exchange is not None:
+                    exchange.is_kept_alive = False
+            self._is_deaf = True
+        except httptools.HttpParserError as error:
+            if not self._is_deaf:
+                self._refuse(_read_cause(error))
+            return
+        incoming = self._incoming
+        if incoming is not None and incoming.refusal is not None:
+            # The rest of its body is not waited for.
+            self._refuse(incoming.refusal)
+
+    def pause_writing(self) -> None:
+        self._is_write_paused = True
+        self._deadline = self._loop.time() + CLIENT_STALL_S
+        if self.pause_callback is not None:
+            self.pause_callback(True)
+
+    def resume_writing(self) -> None:
+        self._is_write_paused = False
+        if self._current is not None:
+            self._deadline = _FOR_EVER
+        elif not self._is_deaf:
+            self._await_request()
+        if self.pause_callback is not None:
+            self.pause_callback(False)
+
+    # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        self._url = b""
+        self._headers = {}
+        self._head_bytes = self._body_bytes = 0
+        self._body = []
+        self._has_begun = True
+        if self._current is None:
+            self._deadline = self._loop.time() + self.receive_timeout_s
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        headers = self._headers
+        headers[name] = value if name not in headers else headers[name] + b", " + value
+        self._count_head(len(name) + len(value))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        exchange = Exchange(self, parser.get_method().decode("ascii"), _read_path(self._url), self._headers)
+        exchange.is_http_1_1 = parser.get_http_version() == "1.1"
+        exchange.is_kept_alive = exchange.is_http_1_1 and parser.should_keep_alive()
+        self._incoming = exchange
+        length = self._headers.get(b"content-length")
+        try:
+            self._application.check_head(exchange)
+        except GatewayError as error:
+            exchange.refusal = error
+            return
+        if length is not None and int(length) > self.body_bytes_max:
+            self._refuse_body(exchange)
+            return
+        if self._current is None and self._headers.get(b"expect", b"").lower() == b"100-continue":
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        exchange = self._incoming
+        if exchange is None or exchange.refusal is not None:
+            return
+        self._body.append(body)
+        self._body_bytes += len(body)
+        if self._body_bytes > self.body_bytes_max:
+            self._refuse_body(exchange)
+
+    def on_message_complete(self) -> None:
+        exchange, self._incoming = self._incoming, None
+        if exchange is None:
+            return
+        self._has_begun = False
+        self._deadline = _FOR_EVER
+        body = self._body
+        exchange.body = body[0] if len(body) == 1 else b"".join(body)
+        self._body = []
+        self._take(exchange)
+        if not exchange.is_kept_alive:
+            self._is_deaf = True
+
+    # Order
+
+    def _take(self, exchange: Exchange) -> None:
+        if self._current is None and not self._waiting:
+            self._start(exchange)
+        elif len(self._waiting) < PIPELINED_MAX and not self._is_deaf:
+            self._waiting.append(exchange)
+            self._transport.pause_reading()
+        else:
+            # Unanswered requests are sent again by a client on another connection.
+            self._is_deaf = True
+            self._waiting[-1].is_kept_alive = False
+
+    def _start(self, exchange: Exchange) -> None:
+        self._current = exchange
+        # An eager task runs at once, up to its first wait: most of a call's work needs no turn of the loop.
+        task: asyncio.Task[None] = asyncio.Task(self._application.serve(exchange), loop=self._loop, eager_start=True)
+        if not task.done():
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _start_next(self) -> None:
+        if self._waiting and self._current is None and not self.is_gone:
+            exchange = self._waiting.popleft()
+            if not self._waiting and not self._is_deaf:
+                self._transport.resume_reading()
+            self._start(exchange)
+
+    def _await_request(self) -> None:
+        self._deadline = self._loop.time() + (self.receive_timeout_s if self._has_begun else KEEP_ALIVE_S)
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer the request that is being received with `error`, after those before it, and close."""
+        exchange, self._incoming = self._incoming, None
+        if exchange is None:
+            exchange = Exchange(self, "GET", "", {})
+        exchange.refusal = error
+        exchange.is_kept_alive = False
+        self._take(exchange)
+        self._is_deaf = True
+
+    def _close(self) -> None:
+        """Close after the last answer; a client that is still sending is first heard out, or it might not see it."""
+        if self._is_deaf:
+            self._deadline = self._loop.time() + LINGER_S
+            self._transport.resume_reading()
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+            return
+        self._transport.close()
+
+    def _count_head(self, count: int) -> None:
+        self._head_bytes += count
+        if self._head_bytes > self.header_bytes_max:
+            # Raised through the parser, which then stops.
+            raise GatewayError(431, "headers_too_large", "The request's headers are too large.")
+
+    def _refuse_body(self, exchange: Exchange) -> None:
+        self._body = []
+        exchange.is_kept_alive = False
+        exchange.refusal = GatewayError(
+            413, "request_too_large", f"The request's body is larger than {self.body_bytes_max} bytes."
+        )
+
+
+async def watch_time(list_connections: Callable[[], Sequence[HttpConnection]]) -> None:
+    """For ever: keep the date of the answers current, and close the connections whose time is over."""
+    loop = asyncio.get_running_loop()
+    while True:
+        HttpConnection.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
+        now = loop.time()
+        for connection in list_connections():
+            connection.check_time(now)
+        await asyncio.sleep(TICK_S)
+
+
+def _read_cause(error: httptools.HttpParserError) -> GatewayError:
+    cause = error.__context__
+    if isinstance(cause, GatewayError):
+        return cause
+    if cause is not None:
+        log.error("a request could not be read", exc_info=cause)
+    return GatewayError(400, "invalid_http", "Invalid HTTP request received.")
+
+
+def _read_path(url: bytes) -> str:
+    """Return the decoded path of a request's target; "" where it is not a valid one: no route has that."""
+    if url.startswith(b"/") and b"?" not in url and b"%" not in url and b"#" not in url and url.isascii():
+        return url.decode("ascii")
+    try:
+        path = httptools.parse_url(url).path
+    except httptools.HttpParserInvalidURLError:
+        return ""
+    return unquote((path or b"/").decode("latin-1"))
