@@ -10,15 +10,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import psycopg
-from django.db import DatabaseError, OperationalError, connection, transaction
+from django.db import connection, transaction
 from django.db.models.functions import Now
 
 from gateway.contract.usage_event import Superseded, UsageEvent
@@ -29,14 +27,13 @@ from metering.errors import PartitionBusyError, UnstorableEntryError
 from metering.event_partitions import ensure_event_partitions
 from metering.models import DeadLetter, Recording, StreamPartition
 from metering.recording import Arrival, ArrivalState, EventRecorder, RecordingOrigin, SupersededArrival
+from metering.retries import run_with_retries
 from metering.sequences import SequenceBook
 from metering.stream import UsageStreams, get_streams
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 10_000
-_RETRIES_MAX = 8
-_RETRYABLE_SQLSTATES = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 
 
 @dataclass(slots=True)
@@ -134,19 +131,14 @@ class _Batch:
 
 def _record_with_retries(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> bytes | None:
     """Record, and again where the database chose this transaction as a victim."""
-    for attempt in range(_RETRIES_MAX + 1):
-        try:
-            with _without_cycle_collection():
-                last_id = _record_batch(batch, result, is_waiting=is_waiting)
-        except (OperationalError, psycopg.OperationalError) as error:
-            if attempt == _RETRIES_MAX or _get_sqlstate(error) not in _RETRYABLE_SQLSTATES:
-                raise
-            logger.warning("recording of p%02d is repeated: %s", batch.partition, error)
-            time.sleep(random.uniform(0, 0.02 * 2**attempt))  # not money: seconds
-        else:
-            failpoints.reach("after_commit")
-            return last_id
-    raise AssertionError("unreachable")
+
+    def record() -> bytes | None:
+        with _without_cycle_collection():
+            return _record_batch(batch, result, is_waiting=is_waiting)
+
+    last_id = run_with_retries(record, what=f"recording of p{batch.partition:02d}")
+    failpoints.reach("after_commit")
+    return last_id
 
 
 @contextmanager
@@ -159,11 +151,6 @@ def _without_cycle_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _get_sqlstate(error: Exception) -> str | None:
-    cause = error.__cause__ if isinstance(error, DatabaseError) else error
-    return getattr(cause, "sqlstate", None)
 
 
 def _record_batch(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> bytes | None:

@@ -6,7 +6,15 @@ MeteringError
 ├── PartitionBusyError         another process owns the stream partition
 ├── UnstorableEntryError       the database refused the values of an entry (retry in smaller parts)
 ├── ImportFormatError          a file is not an import file at all
-    └── DigestError                a digest is not what it says, or not signed by whom it should be
+├── DigestError                a digest is not what it says, or not signed by whom it should be
+└── CorrectionError            a correction was refused, and nothing of it recorded
+    ├── CallUnknownError           no such call is recorded
+    ├── CallInQuarantineError      the call is held: it counts nowhere yet
+    ├── CallRecordedError          a backfill of a call that is there
+    ├── CorrectionRefusedError     what it states cannot be counted; its `code` says why
+    ├── StaleCorrectionError       somebody corrected the call since the preview
+    ├── CorrectionKeyReusedError   the idempotency key was used with other content
+    └── RollupMismatchError        a rollup does not hold what its calls put there
 """
 
 from __future__ import annotations
@@ -52,3 +60,53 @@ class DigestError(MeteringError):
     """The file is no digest, or its signature is not of this content by this key."""
 
     code = "digest_invalid"
+
+
+class CorrectionError(MeteringError):
+    """Root of what can be wrong with a correction."""
+
+    code = "correction"
+
+
+class CallUnknownError(CorrectionError):
+    """The call is not recorded. A call that never arrived is backfilled; one that will arrive is waited for."""
+
+    code = "call_unknown"
+
+
+class CallInQuarantineError(CorrectionError):
+    """The call is held in quarantine: release or void it there."""
+
+    code = "call_in_quarantine"
+
+
+class CallRecordedError(CorrectionError):
+    """The call is recorded, so there is nothing to backfill: amend it."""
+
+    code = "call_recorded"
+
+
+class CorrectionRefusedError(CorrectionError):
+    """The correction states what cannot be counted, or nothing new."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StaleCorrectionError(CorrectionError):
+    """The call was corrected since the preview that was confirmed: look at a new one."""
+
+    code = "correction_stale"
+
+
+class CorrectionKeyReusedError(CorrectionError):
+    """The idempotency key belongs to another correction."""
+
+    code = "idempotency_key_reused"
+
+
+class RollupMismatchError(CorrectionError):
+    """The rollup holds less than the call put there. Run `manage.py verify_metering`, and mend it first."""
+
+    code = "rollup_mismatch"

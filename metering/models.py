@@ -6,10 +6,30 @@ there an event is unique by its call id and has `(tenant_id, call_id)` as its pr
 
 from __future__ import annotations
 
-from typing import Any
-
 from django.db import models
 from django.db.models.functions import Now
+
+from metering.correction_tables import CorrectionDelta, UsageCorrection
+from metering.transaction_ids import Xid8Field
+
+__all__ = [
+    "CatalogSnapshotRecord",
+    "ConflictingEvent",
+    "CorrectionDelta",
+    "DeadLetter",
+    "Digest",
+    "ExternalIdentity",
+    "HourlyCount",
+    "Producer",
+    "QuarantinedEvent",
+    "Recording",
+    "SequenceGap",
+    "StreamPartition",
+    "SupersededEvent",
+    "UsageCorrection",
+    "UsageEvent",
+    "UsageRollup",
+]
 
 # The application may add to these and never change them (see `billing/privileges.py`).
 INSERT_ONLY_TABLES = (
@@ -19,14 +39,9 @@ INSERT_ONLY_TABLES = (
     "metering_conflicting_event",
     "metering_catalog_snapshot",
     "metering_digest",
+    "metering_usage_correction",
+    "metering_correction_delta",
 )
-
-
-class Xid8Field(models.Field):
-    """A 64-bit transaction id of PostgreSQL. Read only; compared in SQL with `pg_snapshot_xmin`."""
-
-    def db_type(self, connection: Any) -> str:
-        return "xid8"
 
 
 class CatalogSnapshotRecord(models.Model):
@@ -131,6 +146,7 @@ class Recording(models.Model):
         IMPORT = "IMPORT", "import"
         API = "API", "API"
         RELEASE = "RELEASE", "release from quarantine"
+        BACKFILL = "BACKFILL", "backfill"
 
     kind = models.CharField(max_length=10, choices=Kind)
     partition = models.SmallIntegerField(null=True)
@@ -347,14 +363,27 @@ class SupersededEvent(models.Model):
 
 
 class DeadLetter(models.Model):
-    """A stream entry that could not be decoded or stored, with its bytes. The partition went on."""
+    """A stream entry that could not be decoded or stored, with its bytes. The partition went on.
 
+    HELD until a person releases it (its bytes, or mended ones, are recorded) or voids it, with a reason.
+    """
+
+    class State(models.TextChoices):
+        HELD = "HELD", "held"
+        RELEASED = "RELEASED", "released: recorded"
+        VOIDED = "VOIDED", "voided"
+
+    state = models.CharField(max_length=8, choices=State, db_default=State.HELD)
     partition = models.SmallIntegerField()
     stream_id = models.CharField(max_length=41)
     body = models.BinaryField()
     body_sha256 = models.BinaryField(max_length=32)
     error = models.TextField()
     received_at = models.DateTimeField(db_default=Now(), editable=False)
+    mended_body = models.BinaryField(null=True, help_text="what was recorded in place of the bytes, where mended")
+    resolved_at = models.DateTimeField(null=True, blank=True)
+    resolved_by = models.CharField(max_length=150, blank=True, db_default="")
+    resolution_note = models.TextField(blank=True, db_default="")
 
     class Meta:
         db_table = "metering_dead_letter"

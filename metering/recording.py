@@ -21,6 +21,7 @@ from gateway.contract import usage_event
 from gateway.contract.usage_event import EventDecodeError, Superseded, UsageEvent
 from metering import failpoints
 from metering.arrivals import RowPacker, copy_rows, pack_arrival
+from metering.backfills import replace_backfills
 from metering.core.aggregation import sum_cells
 from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason, find_quarantine_reason
 from metering.core.windows import US_PER_HOUR, UsageDayFinder, compute_call_id_floor, get_instant
@@ -247,6 +248,10 @@ class EventRecorder:
             else:
                 (missing if is_same is None else other).append(position)
         self._insert_conflicts(other)
+        days = {row.position: row.usage_on for row in leftovers}
+        new = [position for position in other if self._result.states[position] == ArrivalState.CONFLICT]
+        if new:
+            replace_backfills([(self._arrivals[position].event, days[position]) for position in new])
         self._hold_unseen(missing)
 
     def _hold_unseen(self, positions: list[int]) -> None:

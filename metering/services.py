@@ -2,6 +2,14 @@
 
 from metering.catalog import store_catalog_snapshot
 from metering.consumer import DrainResult, drain_partition, ensure_stream_partitions
+from metering.corrections import (
+    CorrectionKind,
+    CorrectionPreview,
+    CorrectionRequest,
+    RecordedCorrection,
+    preview_correction,
+    record_correction,
+)
 from metering.event_partitions import create_partitions_ahead
 from metering.quarantine import (
     ReleaseResult,
@@ -12,11 +20,17 @@ from metering.quarantine import (
 from metering.rolling_up import roll_up
 
 __all__ = [
+    "CorrectionKind",
+    "CorrectionPreview",
+    "CorrectionRequest",
     "DrainResult",
+    "RecordedCorrection",
     "ReleaseResult",
     "create_partitions_ahead",
     "drain_partition",
     "ensure_stream_partitions",
+    "preview_correction",
+    "record_correction",
     "release_attributable_events",
     "release_quarantined_events",
     "roll_up",

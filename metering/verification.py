@@ -1,4 +1,8 @@
-"""Verification: rollups, counts, sequences and cursors recomputed from raw rows in SQL and compared."""
+"""Verification: rollups, corrections, counts, sequences and cursors recomputed in SQL and compared.
+
+A rollup is the sum of its raw events and of the deltas that corrections put on it; a correction's deltas are what it
+states less what counted before.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +63,7 @@ class _Check:
 
 
 _CELL = "tenant_id, usage_on, api_key_id, served_model_id, provider_id, upstream_id, outcome"
+_CELL_NAMES = _CELL.split(", ")
 _SUMS = (
     "calls",
     "input_tokens",
@@ -73,28 +78,72 @@ _ROLLUPS = _Check(
     "rollup",
     f"""
     SELECT format('tenant %%s, day %%s, key %%s, model %%s, provider %%s, upstream %%s, %%s', {_CELL}),
-        coalesce(raw, 'no events'), coalesce(stored, 'no rollup')
+        coalesce(computed, 'no events'), coalesce(stored, 'no rollup')
     FROM (
         SELECT {_CELL},
-            CASE WHEN raw_calls > 0 THEN ({", ".join(f"raw_{name}" for name in _SUMS)})::text END AS raw,
+            CASE WHEN computed_calls > 0 THEN ({", ".join(f"computed_{name}" for name in _SUMS)})::text END AS computed,
             CASE WHEN stored_calls IS NOT NULL THEN ({", ".join(f"stored_{name}" for name in _SUMS)})::text END
                 AS stored
         FROM (
-            SELECT {_CELL}, count(*) AS raw_calls,
-                {", ".join(f"sum({name}) AS raw_{name}" for name in _SUMS[1:])}
-            FROM metering_usage_event
-            WHERE usage_on >= %(start)s AND usage_on < %(end)s
-                AND call_id >= %(call_id_min)s AND call_id < %(call_id_end)s
+            SELECT {_CELL}, {", ".join(f"sum({name}) AS computed_{name}" for name in _SUMS)}
+            FROM (
+                SELECT {_CELL}, count(*) AS calls, {", ".join(f"sum({name}) AS {name}" for name in _SUMS[1:])}
+                FROM metering_usage_event
+                WHERE usage_on >= %(start)s AND usage_on < %(end)s
+                    AND call_id >= %(call_id_min)s AND call_id < %(call_id_end)s
+                GROUP BY {_CELL}
+                UNION ALL
+                SELECT {_CELL}, {_SUM_NAMES} FROM metering_correction_delta
+                WHERE usage_on >= %(start)s AND usage_on < %(end)s
+            ) raw_and_corrections
             GROUP BY {_CELL}
-        ) raw
+        ) computed
         FULL JOIN (
             SELECT {_CELL}, {", ".join(f"{name} AS stored_{name}" for name in _SUMS)}
             FROM metering_usage_rollup WHERE usage_on >= %(start)s AND usage_on < %(end)s
         ) stored USING ({_CELL})
-        WHERE ({", ".join(f"raw_{name}" for name in _SUMS)})
-            IS DISTINCT FROM ({", ".join(f"stored_{name}" for name in _SUMS)})
+        -- A cell that corrections emptied may stay as zeros.
+        WHERE ({", ".join(f"coalesce(computed_{name}, 0)" for name in _SUMS)})
+            IS DISTINCT FROM ({", ".join(f"coalesce(stored_{name}, 0)" for name in _SUMS)})
     ) differing
     ORDER BY {_CELL} LIMIT {DIFFERENCES_MAX}
+    """,
+)
+
+# What a correction must have put on each cell: its own state less that of what it supersedes, or of the raw event.
+_CORRECTIONS = _Check(
+    "correction",
+    f"""
+    WITH correction AS (
+        SELECT * FROM metering_usage_correction
+        WHERE call_id >= %(call_id_min)s AND call_id < %(call_id_end)s
+    ), expected AS (
+        SELECT id, {_CELL}, {_SUM_NAMES} FROM correction
+        UNION ALL
+        SELECT correction.id, {", ".join(f"previous.{name}" for name in _CELL_NAMES)},
+            {", ".join(f"-previous.{name}" for name in _SUMS)}
+        FROM correction JOIN correction previous ON previous.id = correction.supersedes_id
+        UNION ALL
+        -- A backfill's own usage is its raw event: the same numbers, and so no delta.
+        SELECT correction.id, {", ".join(f"event.{name}" for name in _CELL_NAMES)},
+            -1, {", ".join(f"-event.{name}" for name in _SUMS[1:])}
+        FROM correction JOIN metering_usage_event event ON event.call_id = correction.call_id
+        WHERE correction.supersedes_id IS NULL
+            AND event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s
+    ), sums AS (
+        SELECT id, {_CELL}, {", ".join(f"sum({name}) AS {name}" for name in _SUMS)} FROM expected GROUP BY id, {_CELL}
+    ), stored AS (
+        SELECT correction_id AS id, {_CELL}, {", ".join(f"delta.{name} AS stored_{name}" for name in _SUMS)}
+        FROM metering_correction_delta delta WHERE correction_id IN (SELECT id FROM correction)
+    )
+    SELECT format('correction %%s of call %%s: ', id, (SELECT call_id FROM correction named WHERE named.id = found.id))
+            || format('tenant %%s, day %%s, key %%s, model %%s, provider %%s, upstream %%s, %%s', {_CELL}),
+        ({", ".join(f"coalesce({name}, 0)" for name in _SUMS)})::text,
+        ({", ".join(f"coalesce(stored_{name}, 0)" for name in _SUMS)})::text
+    FROM (SELECT * FROM sums FULL JOIN stored USING (id, {_CELL})) found
+    WHERE ({", ".join(f"coalesce({name}, 0)" for name in _SUMS)})
+        IS DISTINCT FROM ({", ".join(f"coalesce(stored_{name}, 0)" for name in _SUMS)})
+    ORDER BY id, {_CELL} LIMIT {DIFFERENCES_MAX}
     """,
 )
 
@@ -219,7 +268,7 @@ WHERE event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s
     AND event.usage_on <> (event.occurred_at AT TIME ZONE tenant.zone)::date
 """
 
-_CHECKS = (_ROLLUPS, _COUNTS, _CALL_TIMES, _SEQUENCES, _GAPS, _CURSORS, _CURSOR_CHAIN)
+_CHECKS = (_ROLLUPS, _CORRECTIONS, _COUNTS, _CALL_TIMES, _SEQUENCES, _GAPS, _CURSORS, _CURSOR_CHAIN)
 
 
 def verify_period(

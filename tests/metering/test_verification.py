@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from datetime import date
+from typing import Any
 
+import msgspec
 import pytest
 import redis
 from django.core.management import CommandError, call_command
 from django.db import connection
 
+from metering.corrections import CorrectionRequest, record_correction
+from metering.models import UsageCorrection, UsageEvent
 from metering.services import roll_up
 from metering.verification import verify_period
 from tests.metering.builders import build_event, get_us, send
@@ -18,11 +22,11 @@ OCTOBER = (date(2026, 10, 1), date(2026, 11, 1))
 
 
 @pytest.fixture
-def recorded(metering: redis.Redis) -> redis.Redis:
+def recorded(quick_metering: redis.Redis) -> redis.Redis:
     """Forty events of October of four tenants, rolled up."""
     start_us = get_us("2026-10-05T00:00:00")
     send(
-        metering,
+        quick_metering,
         [
             build_event(seq, tenant_id=tenant_id, occurred_at_us=start_us + seq * 3_600_000_000)
             for tenant_id in (1, 2, 3, 4)
@@ -30,7 +34,7 @@ def recorded(metering: redis.Redis) -> redis.Redis:
         ],
     )
     assert roll_up().rolled_up == 40
-    return metering
+    return quick_metering
 
 
 def change_event(assignment: str) -> None:
@@ -49,6 +53,11 @@ def execute(statement: str) -> None:
     with connection.cursor() as cursor:
         cursor.execute(statement)
         assert cursor.rowcount == 1
+
+
+def execute_unchecked(statement: str) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
 
 
 def list_findings() -> list[tuple[str, str]]:
@@ -107,6 +116,70 @@ def test_changed_sequence_is_named(recorded: redis.Redis) -> None:
         "last seq = 10 arrived + 0 in open gaps",
         "last seq = 11",
     )
+
+
+def correct(kind: str, **fields: Any) -> UsageCorrection:
+    """Correct the first call of tenant 1."""
+    call_id = UsageEvent.objects.filter(tenant_id=1).order_by("call_id").values_list("call_id", flat=True)[0]
+    values = {"kind": kind, "idempotency_key": f"{kind} {fields}", "reason": "test", "call_id": call_id}
+    request = msgspec.convert(values | fields, CorrectionRequest)
+    return record_correction(request, actor_name="ann").correction
+
+
+def change(table: str, assignment: str) -> None:
+    """Change the newest row of an insert-only table, as nobody can without taking the trigger away."""
+    execute_unchecked("SET CONSTRAINTS ALL IMMEDIATE")  # else their checks wait for the end of the test's transaction
+    execute_unchecked(f"ALTER TABLE {table} DISABLE TRIGGER {table}_insert_only")
+    execute(f"UPDATE {table} SET {assignment} WHERE id = (SELECT max(id) FROM {table})")
+    execute_unchecked(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {table}_insert_only")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "found"),
+    [
+        ("input_tokens = input_tokens + 1", "(0,-100,0,0,-6,0)"),
+        ("outcome = 'abandoned'", "(0,0,0,0,0,0)"),
+        ("usage_on = '2026-10-06'", "(0,0,0,0,0,0)"),
+    ],
+)
+def test_changed_correction_is_named(recorded: redis.Redis, assignment: str, found: str) -> None:
+    correct("amend", input_tokens=301)
+    correction = correct("amend", input_tokens=201, output_tokens=5)
+    assert list_findings() == []
+    change("metering_usage_correction", assignment)
+    differences = verify_period(*OCTOBER).differences
+    assert {difference.kind for difference in differences} == {"correction"}
+    assert all(d.where.startswith(f"correction {correction.pk} of call {correction.call_id}: ") for d in differences)
+    assert found in {difference.found for difference in differences}
+
+
+def test_changed_delta_is_named_with_its_rollup(recorded: redis.Redis) -> None:
+    correction = correct("void")
+    change("metering_correction_delta", "output_tokens = output_tokens + 1")
+    kinds_and_places = list_findings()
+    assert kinds_and_places == [
+        ("rollup", "tenant 1, day 2026-10-05, key 10, model 1, provider 101, upstream 1, completed"),
+        (
+            "correction",
+            f"correction {correction.pk} of call {correction.call_id}: tenant 1, day 2026-10-05, key 10, model 1, "
+            "provider 101, upstream 1, completed",
+        ),
+    ]
+
+
+def test_changed_raw_event_of_a_corrected_call_is_named_twice(recorded: redis.Redis) -> None:
+    correct("amend", input_tokens=301)
+    change_event("input_tokens = input_tokens + 1")
+    assert [kind for kind, _ in list_findings()] == ["rollup", "correction"]
+
+
+def test_changed_rollup_cell_after_a_correction_is_named(recorded: redis.Redis) -> None:
+    correct("amend", tenant="tenant-4")
+    assert list_findings() == []
+    execute("UPDATE metering_usage_rollup SET calls = calls + 1 WHERE tenant_id = 4 AND api_key_id = 0")
+    assert list_findings() == [
+        ("rollup", "tenant 4, day 2026-10-05, key 0, model 1, provider 101, upstream 1, completed")
+    ]
 
 
 def test_changed_count_is_named(recorded: redis.Redis) -> None:
