@@ -30,6 +30,7 @@ from gateway.snapshot_reader import Caller, Catalog, Offer, SnapshotReader
 from gateway.spool import open_own_spool
 from gateway.sweeper import LIST_EXPIRED, RENEW, Sweeper
 from gateway.telemetry import Telemetry
+from gateway.tokenizer import TokenizerError, load_encoding, run_in_tokenizer_thread
 from gateway.upstream import UpstreamPool
 from gateway.usage_report import build_usage_report
 
@@ -156,6 +157,7 @@ class GatewayApp:
                 "check TOLLBOOK_REDIS_URL, or start the server"
             )
         await self._snapshots.start()
+        await _load_tokenizer()
         self._sweeper.start()
         self._add_gauges()
         self._background.append(asyncio.get_running_loop().create_task(self._publish_metrics()))
@@ -309,6 +311,14 @@ class GatewayApp:
     async def _serve_metrics(self, exchange: Exchange) -> None:
         content_type = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
         await exchange.send_whole(200, [content_type], self._telemetry.render_all())
+
+
+async def _load_tokenizer() -> None:
+    """Read the ranks before the first call needs them: that takes most of a second."""
+    try:
+        await run_in_tokenizer_thread(load_encoding)
+    except TokenizerError as error:
+        log.error("calls without believable usage cannot be counted: %s", error)
 
 
 def _build_method_not_allowed(exchange: Exchange, method: str) -> GatewayError:
