@@ -21,6 +21,7 @@ from gateway.redis_connection import RedisConnection, Script
 from gateway.settings import Settings
 from gateway.snapshot_reader import LIMIT_MAX, Caller
 from gateway.spool import SpooledIntent
+from gateway.spool_room import compute_call_bytes
 
 log = logging.getLogger("gateway.admission")
 
@@ -55,8 +56,11 @@ class Admission:
         self._to_cancel: dict[str, Caller] = {}
         redis.add_listener(self)
 
-    async def admit(self, call: Call, upstream: UpstreamRecord, *, in_flight: int) -> Headers:
-        """Place the hold of `call`, or raise GatewayError (429, 503). Return the rate-limit headers."""
+    async def admit(self, call: Call, upstream: UpstreamRecord) -> Headers:
+        """Place the hold of `call`, or raise GatewayError (429, 503). Return the rate-limit headers.
+
+        Room for its records is set aside in the spool: `release` gives it back, whatever happened.
+        """
         caller = call.caller
         if caller.unenforceable_limit is not None:
             raise GatewayError(
@@ -66,6 +70,7 @@ class Admission:
             )
         if call.estimate_nano > LIMIT_MAX:
             raise GatewayError(400, "call_too_expensive", "The most that this call can cost is too large.")
+        await self._reserve(call)
         hold = build_hold(call, upstream, self._event_log.producer)
         keys = caller.keys
         try:
@@ -88,7 +93,7 @@ class Admission:
                 *caller.limit_arguments,
             )
         except (RedisUnavailableError, RedisReplyError) as error:
-            await self._admit_without_redis(call, hold, error, in_flight=in_flight)
+            await self._admit_without_redis(call, hold, error)
             return ()
         if reply[0] == 0:
             raise _build_limit_error(reply)
@@ -96,6 +101,11 @@ class Admission:
             return ()
         call.rate_second = reply[1]
         return build_rate_limit_headers(caller, reply[2:])
+
+    def release(self, call: Call) -> None:
+        """Give back the room in the spool: the call has ended, and its records are durable."""
+        self._event_log.room.release(call.reserved_bytes)
+        call.reserved_bytes = 0
 
     def cancel(self, call: Call) -> None:
         """Release the hold of a call that was not forwarded."""
@@ -110,13 +120,23 @@ class Admission:
     def on_redis_down(self) -> None:
         """Nothing to do: what is unanswered is kept."""
 
-    async def _admit_without_redis(self, call: Call, hold: bytes, error: Exception, *, in_flight: int) -> None:
+    async def _reserve(self, call: Call) -> None:
+        room = self._event_log.room
+        count = compute_call_bytes(call.labels)
+        if not room.try_reserve(count):
+            try:
+                await room.reserve(count)
+            except SpoolFullError:
+                raise build_metering_unavailable() from None
+        call.reserved_bytes = count
+
+    async def _admit_without_redis(self, call: Call, hold: bytes, error: Exception) -> None:
         caller = call.caller
         if isinstance(error, RedisReplyError):
             log.error("admission was refused by the Redis-protocol server: %s", error)
             if str(error).startswith("NOSCRIPT"):
                 self._redis.break_connection()
-        if caller.needs_redis or not self._event_log.can_spool(in_flight, age_max_s=self._spool_age_max_s):
+        if caller.needs_redis or self._event_log.is_spool_too_old(self._spool_age_max_s):
             self.cancel(call)
             raise build_metering_unavailable()
         intent = SpooledIntent(

@@ -19,7 +19,7 @@ from gateway.admission import ADMIT, CANCEL, Admission
 from gateway.authentication import Authenticator, check_scope
 from gateway.calls import Call, read_labels
 from gateway.contract.catalog_snapshot import ServedModelRecord
-from gateway.errors import SERVER, GatewayError, RedisUnavailableError, build_metering_unavailable
+from gateway.errors import SERVER, GatewayError, RedisUnavailableError, SpoolFullError, build_metering_unavailable
 from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
 from gateway.exchange import Exchange
 from gateway.providers.base import CallRequest
@@ -120,9 +120,13 @@ class GatewayApp:
         self._telemetry = Telemetry(self._worker, settings.metrics_dir)
         self._redis = RedisConnection(settings.redis_url, timeout_s=timeout_s, scripts=scripts)
         producer = f"gw-{uuid.uuid4().hex}"
+        try:
+            spool = open_own_spool(settings.spool_dir, producer, bytes_max=settings.spool_bytes_max)
+        except SpoolFullError as error:
+            raise CannotStartError(f"{error}: free disk space in {settings.spool_dir}") from error
         self._event_log = EventLog(
             self._redis,
-            open_own_spool(settings.spool_dir, producer, bytes_max=settings.spool_bytes_max),
+            spool,
             self._telemetry,
             producer=producer,
             settle_wait_s=settings.settle_wait_ms / 1000,
@@ -298,13 +302,14 @@ class GatewayApp:
 
     async def _serve_readiness(self, exchange: Exchange) -> None:
         """Not ready when recording would fail, or when there is no catalog."""
-        can_spool = self._event_log.can_spool(len(self._parts.in_flight), age_max_s=self._settings.spool_age_max_s)
+        has_room = self._event_log.room.has_room
         checks = {
             "catalog": self._snapshots.get_usable() is not None,
             "redis": self._redis.is_up,
-            "spool": can_spool,
+            "spool": has_room,
         }
-        is_ready = checks["catalog"] and (checks["redis"] or can_spool)
+        is_spool_fresh = not self._event_log.is_spool_too_old(self._settings.spool_age_max_s)
+        is_ready = checks["catalog"] and has_room and (checks["redis"] or is_spool_fresh)
         body = msgspec.json.encode({"status": "ready" if is_ready else "not_ready", "checks": checks})
         await exchange.send_whole(200 if is_ready else 503, [JSON_TYPE], body)
 

@@ -18,6 +18,7 @@ TOKENS_PER_PRICE_UNIT = 1_000_000
 ATTEMPT_COMPLETED = "completed"
 # Bounds of what strangers can put into an event.
 TEXT_LENGTH_MAX = 256
+CODE_LENGTH_MAX = 64
 US_PER_HOUR = 3_600_000_000
 
 
@@ -53,7 +54,8 @@ class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
 class Call(msgspec.Struct, kw_only=True):
     """One call from admission to settle. Times: `started_at` is monotonic seconds.
 
-    `window_tokens`: the most input that is believable, the model's window for each prompt.
+    `window_tokens`: the most input that is believable, the model's window for each prompt. `reserved_bytes`: what is
+    set aside in the spool for the records of this call.
     """
 
     call_id: str
@@ -69,6 +71,7 @@ class Call(msgspec.Struct, kw_only=True):
     estimate_nano: int = 0
     estimate_tokens: int = 0
     rate_second: int | None = None
+    reserved_bytes: int = 0
     has_spooled_intent: bool = False
     is_settled: bool = False
     # Set when the event is durable.

@@ -23,6 +23,7 @@ from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullErro
 from gateway.redis_connection import Argument, RedisConnection, Script
 from gateway.snapshot_reader import PartitionKeys, build_partition_keys
 from gateway.spool import Spool, SpooledIntent, SpooledSettle, SpoolRecord
+from gateway.spool_room import SpoolRoom
 from gateway.telemetry import Telemetry
 
 log = logging.getLogger("gateway.event_log")
@@ -34,8 +35,6 @@ TICK_S = 0.05
 RESEND_DELAY_S = 0.05
 REPLAY_BATCH = 256
 REPLAY_RETRY_S = 0.5
-# Reserved in the spool for the settle of each call that is forwarded without Redis.
-SPOOL_BYTES_PER_CALL = 8_192
 CLOSE_WAIT_S = 5.0
 
 
@@ -98,10 +97,11 @@ class EventLog:
         self._down_since: float | None = self._loop.time()
         self._spool_since: float | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="spool")
+        self.room = SpoolRoom(spool, self._disk)
         self._disk_lock = asyncio.Lock()
         self._spool_task: asyncio.Task[None] | None = None
         self._replay_task: asyncio.Task[None] | None = None
-        self._tick_task = self._loop.create_task(self._tick())
+        self._background = [self._loop.create_task(work) for work in (self._tick(), self.room.watch())]
         redis.add_listener(self)
 
     @property
@@ -112,8 +112,8 @@ class EventLog:
     def settle(self, settlement: Settlement) -> asyncio.Future[str]:
         """Return a future of how it became durable (`event`, `superseded`, `applied`, `spooled`), or SpoolFullError.
 
-        The settle goes on when the future is cancelled. After SpoolFullError the event stays queued for Redis while
-        this process lives; if the process dies, the sweeper finds the hold.
+        The caller has `room` for it. The settle goes on when the future is cancelled. After SpoolFullError (a broken
+        disk) the event stays queued for Redis while this process lives; if it dies, the sweeper finds the hold.
         """
         partition = settlement.keys.partition
         seq = self._next_seq.get(partition, 1)
@@ -135,11 +135,9 @@ class EventLog:
         self._start_spooling()
         await future
 
-    def can_spool(self, in_flight: int, *, age_max_s: int) -> bool:
-        """Return whether one more call and all those in flight could be recorded locally."""
-        if self._spool_since is not None and self._loop.time() - self._spool_since > age_max_s:
-            return False
-        return self.spool.has_room((in_flight + 1) * SPOOL_BYTES_PER_CALL)
+    def is_spool_too_old(self, age_max_s: int) -> bool:
+        """Return whether Redis has been away for longer than events may wait here."""
+        return self._spool_since is not None and self._loop.time() - self._spool_since > age_max_s
 
     async def close(self) -> None:
         """Make everything durable within a bound, and leave an empty spool behind, or one to be adopted."""
@@ -153,8 +151,9 @@ class EventLog:
         for task in (self._spool_task, self._replay_task):
             if task is not None:
                 await asyncio.wait((task,), timeout=CLOSE_WAIT_S)
-        self._tick_task.cancel()
-        await asyncio.gather(self._tick_task, return_exceptions=True)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         self._disk.shutdown()
         if self.spool.is_empty:
             self.spool.remove()
@@ -311,7 +310,8 @@ class EventLog:
         async with self._disk_lock:
             records, end = await self._loop.run_in_executor(self._disk, self.spool.read_batch, offset, REPLAY_BATCH)
             if not records:
-                await self._loop.run_in_executor(self._disk, self.spool.clear)
+                clear = partial(self.spool.clear, keep_bytes=self.room.reserved_bytes)
+                await self._loop.run_in_executor(self._disk, clear)
                 return 0, True
         await replay_records(self._redis, records, floors=self._build_floors())
         for record in records:

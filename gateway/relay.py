@@ -20,7 +20,15 @@ from dataclasses import dataclass, field
 
 from gateway.admission import Admission, Headers
 from gateway.call_bounds import bound_call
-from gateway.calls import ATTEMPT_COMPLETED, NOTHING_USED, Call, Verdict, build_settlement, format_nano
+from gateway.calls import (
+    ATTEMPT_COMPLETED,
+    CODE_LENGTH_MAX,
+    NOTHING_USED,
+    Call,
+    Verdict,
+    build_settlement,
+    format_nano,
+)
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.contract.usage_event import Attempt
@@ -105,7 +113,7 @@ class Relay:
         parts.in_flight[call.call_id] = call
         try:
             started_at = time.monotonic()
-            self._rate_headers = await parts.admission.admit(call, candidates[0], in_flight=len(parts.in_flight) - 1)
+            self._rate_headers = await parts.admission.admit(call, candidates[0])
             parts.telemetry.admit_seconds.observe(time.monotonic() - started_at)
             self._exchange.set_gone_callback(self._on_client_gone)
             if self._exchange.is_gone:
@@ -114,6 +122,7 @@ class Relay:
             await self._forward(candidates[:ATTEMPTS_MAX])
         finally:
             del parts.in_flight[call.call_id]
+            parts.admission.release(call)
             self._exchange.set_gone_callback(None)
             parts.telemetry.call_seconds.observe(time.monotonic() - call.started_at)
 
@@ -386,6 +395,7 @@ class Relay:
     def _add_attempt(
         self, upstream: UpstreamRecord, outcome: str, *, status: int = 0, exposure: ReportedUsage = NOTHING_USED
     ) -> None:
+        outcome = outcome[:CODE_LENGTH_MAX]
         self._parts.telemetry.attempts.add(1, (str(upstream.upstream_id), outcome))
         self._call.attempts.append(
             Attempt(upstream.upstream_id, outcome, status, exposure.input_tokens, exposure.output_tokens)

@@ -60,7 +60,7 @@ _INTEGERS = (
     ("TOLLBOOK_GATEWAY_WORKERS", "workers", 1, 256),
     ("TOLLBOOK_GATEWAY_LEASE_S", "lease_s", 1, 3_600),
     ("TOLLBOOK_GATEWAY_DRAIN_S", "drain_s", 0, 3_600),
-    ("TOLLBOOK_GATEWAY_SPOOL_BYTES_MAX", "spool_bytes_max", 0, 1 << 40),
+    ("TOLLBOOK_GATEWAY_SPOOL_BYTES_MAX", "spool_bytes_max", 16_384, 1 << 40),
     ("TOLLBOOK_GATEWAY_SPOOL_AGE_MAX_S", "spool_age_max_s", 1, 31 * 86_400),
     ("TOLLBOOK_GATEWAY_SETTLE_WAIT_MS", "settle_wait_ms", 10, 60_000),
     ("TOLLBOOK_GATEWAY_REDIS_TIMEOUT_MS", "redis_timeout_ms", 50, 60_000),

@@ -1,7 +1,8 @@
 """The spool: a local, fsynced, bounded file that takes what Redis cannot take at the moment, in order.
 
 A record is `length (4 bytes, little-endian) | CRC-32 of the payload (4) | payload`. A torn tail (a kill in the
-middle of a write) is recognised by length or checksum and cut. One process owns a spool by an exclusive file
+middle of a write) is recognised by length or checksum and cut. Behind the records lie zeros: disk space that is
+allocated before it is needed, see `spool_room.py`. One process owns a spool by an exclusive file
 lock; the spool of a dead process (no lock on it) is adopted by another one and replayed under its own producer.
 """
 
@@ -23,6 +24,8 @@ log = logging.getLogger("gateway.spool")
 
 _HEADER = struct.Struct("<II")
 RECORD_BYTES_MAX = 1 << 20
+# What a spool has of the disk at least, from its opening on.
+ALLOCATION_BYTES_MIN = 256 * 1024
 READ_CHUNK_BYTES = 1 << 20
 
 
@@ -67,34 +70,40 @@ class Spool:
     def __init__(self, path: Path, *, bytes_max: int) -> None:
         """Create (or adopt, when it exists) and lock `path`; raises BlockingIOError when it has a living owner."""
         self.path = path
-        self._bytes_max = bytes_max
+        self.bytes_max = bytes_max
         self._file = _open_locked(path)
-        self.size_bytes = self._cut_torn_tail()
-        self.is_broken = False
+        self.size_bytes = self.allocated_bytes = self._cut_torn_tail()
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to replay."""
         return self.size_bytes == 0
 
-    def has_room(self, reserved_bytes: int) -> bool:
-        """Return whether `reserved_bytes` more would fit. Cheap: does not touch the disk."""
-        return not self.is_broken and self.size_bytes + reserved_bytes <= self._bytes_max
+    def allocate(self, count: int) -> None:
+        """Take the first `count` bytes of the file from the disk; raises SpoolFullError, and changes nothing then."""
+        if count <= self.allocated_bytes:
+            return
+        try:
+            os.posix_fallocate(self._file, 0, count)
+        except OSError as error:
+            raise SpoolFullError(f"the spool cannot grow to {count} bytes: {error.strerror}") from error
+        self.allocated_bytes = count
 
     def append(self, records: list[SpoolRecord]) -> None:
         """Write and fsync `records`; raises SpoolFullError when the bound or the disk refuses (nothing is kept)."""
         data = b"".join(_frame(record) for record in records)
-        if self.size_bytes + len(data) > self._bytes_max:
-            raise SpoolFullError(f"the spool has reached its bound of {self._bytes_max} bytes")
+        if self.size_bytes + len(data) > self.bytes_max:
+            raise SpoolFullError(f"the spool has reached its bound of {self.bytes_max} bytes")
         try:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(self._file, data[written:], self.size_bytes + written)
+            self._write(data, self.size_bytes)
             os.fsync(self._file)
         except OSError as error:
-            self.is_broken = True
+            # No part of these records may be found behind shorter ones later.
+            os.ftruncate(self._file, self.size_bytes)
+            self.allocated_bytes = self.size_bytes
             raise SpoolFullError(f"the spool cannot be written: {error.strerror}") from error
         self.size_bytes += len(data)
+        self.allocated_bytes = max(self.allocated_bytes, self.size_bytes)
 
     def read_batch(self, offset: int, count: int) -> tuple[list[SpoolRecord], int]:
         """Return up to `count` records from byte `offset` on, and the offset behind them."""
@@ -107,12 +116,15 @@ class Spool:
                 break
         return records, end
 
-    def clear(self) -> None:
-        """Forget everything: all of it has been acknowledged by Redis."""
-        os.ftruncate(self._file, 0)
+    def clear(self, *, keep_bytes: int = 0) -> None:
+        """Forget everything: all of it has been acknowledged by Redis. The first `keep_bytes` stay allocated."""
+        self.allocated_bytes = min(self.allocated_bytes, max(keep_bytes, ALLOCATION_BYTES_MIN))
+        os.ftruncate(self._file, self.allocated_bytes)
+        # Zeros, and not a hole: the disk may be full by now, and calls are in flight.
+        for start in range(0, min(self.size_bytes, self.allocated_bytes), READ_CHUNK_BYTES):
+            self._write(bytes(min(READ_CHUNK_BYTES, self.allocated_bytes - start)), start)
         os.fsync(self._file)
         self.size_bytes = 0
-        self.is_broken = False
 
     def remove(self) -> None:
         """Unlink the (empty) file and give up the lock."""
@@ -123,22 +135,36 @@ class Spool:
         """Give up the lock and leave the file to an adopter."""
         os.close(self._file)
 
+    def _write(self, data: bytes, offset: int) -> None:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._file, data[written:], offset + written)
+
     def _cut_torn_tail(self) -> int:
         size_bytes = os.fstat(self._file).st_size
         end = 0
         for _payload, record_end in _scan(self._file, 0, size_bytes):
             end = record_end
         if end < size_bytes:
-            log.warning("spool %s: cut a torn tail of %d bytes", self.path.name, size_bytes - end)
+            if any(os.pread(self._file, _HEADER.size, end)):
+                log.warning("spool %s: cut a torn tail behind byte %d", self.path.name, end)
             os.ftruncate(self._file, end)
             os.fsync(self._file)
         return end
 
 
 def open_own_spool(folder: Path, producer: str, *, bytes_max: int) -> Spool:
-    """Return the new spool of this process. It is locked before it gets the name that adopters look for."""
+    """Return the new spool of this process. It is locked before it gets the name that adopters look for.
+
+    Raises SpoolFullError where the disk has no room for the smallest one.
+    """
     hidden = folder / f".new-{producer}"
     spool = Spool(hidden, bytes_max=bytes_max)
+    try:
+        spool.allocate(min(bytes_max, ALLOCATION_BYTES_MIN))
+    except SpoolFullError:
+        spool.remove()
+        raise
     spool.path = folder / f"{producer}.spool"
     hidden.rename(spool.path)
     _sync_folder(folder)

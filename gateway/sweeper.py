@@ -16,6 +16,7 @@ from gateway.redis_connection import RedisConnection, Script
 from gateway.settings import Settings
 from gateway.snapshot_reader import PartitionKeys, SnapshotReader
 from gateway.spool import Spool, SpooledSettle, open_orphan_spools
+from gateway.spool_room import compute_call_bytes
 from gateway.telemetry import Telemetry
 
 log = logging.getLogger("gateway.sweeper")
@@ -127,8 +128,15 @@ class Sweeper:
                     catalog=catalog,
                 )
             )
-        for way in await asyncio.gather(*(self._event_log.settle(settlement) for settlement in settlements)):
-            self._telemetry.calls_abandoned.add(1 if way == "event" else 0)
+        # Redis may go away before it has them: what calls have set aside in the spool stays theirs.
+        room = self._event_log.room
+        wanted = len(settlements) * compute_call_bytes({})
+        await room.reserve(wanted)
+        try:
+            for way in await asyncio.gather(*(self._event_log.settle(settlement) for settlement in settlements)):
+                self._telemetry.calls_abandoned.add(1 if way == "event" else 0)
+        finally:
+            room.release(wanted)
 
     async def _adopt_for_ever(self) -> None:
         while True:

@@ -41,8 +41,9 @@ UPSTREAM_TIMEOUT_MS = 3_000
 class CrashStack:
     """Two gateway workers, a durable Redis and a counting upstream, each of which may be killed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, data_folder: Path | None = None) -> None:
         self.folder = folder
+        self.data_folder = data_folder or folder
         self.server = EmbeddedRedis(folder, appendfsync="always")
         port = choose_free_port()
         self.upstream = ServerProcess(
@@ -59,7 +60,7 @@ class CrashStack:
         self.client = redis.Redis.from_url(self.server.url())
         self.catalog.publish(self.client)
         environ = {"GATEWAY_LEASE_S": str(LEASE_S), "GATEWAY_SETTLE_WAIT_MS": "300", **environ}
-        self.gateway = build_gateway(self.folder, self.server.url(), workers=workers, **environ)
+        self.gateway = build_gateway(self.data_folder, self.server.url(), workers=workers, **environ)
         self.gateway.start(path="/readyz")
 
     def stop(self) -> None:
