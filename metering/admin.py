@@ -279,3 +279,6 @@ class HourlyCountAdmin(MeteringAdmin):
     @admin.display(description="accepted")
     def accepted(self, row: HourlyCount) -> int:
         return row.accepted
+
+
+from metering import reconciliation_admin  # noqa: E402, F401 (registers its pages, which build on MeteringAdmin)

@@ -6,6 +6,7 @@ MeteringError
 ├── PartitionBusyError         another process owns the stream partition
 ├── UnstorableEntryError       the database refused the values of an entry (retry in smaller parts)
 ├── ImportFormatError          a file is not an import file at all
+├── ReportFormatError          a file is no usage report of the named format, or of another period
 ├── DigestError                a digest is not what it says, or not signed by whom it should be
 └── CorrectionError            a correction was refused, and nothing of it recorded
     ├── CallUnknownError           no such call is recorded
@@ -110,3 +111,9 @@ class RollupMismatchError(CorrectionError):
     """The rollup holds less than the call put there. Run `manage.py verify_metering`, and mend it first."""
 
     code = "rollup_mismatch"
+
+
+class ReportFormatError(MeteringError):
+    """The file cannot be read as a provider's report, or what was declared about it does not fit."""
+
+    code = "report_format"

@@ -10,6 +10,7 @@ from django.db import models
 from django.db.models.functions import Now
 
 from metering.correction_tables import CorrectionDelta, UsageCorrection
+from metering.reconciliation.models import ProviderReport, ReconciliationFinding
 from metering.transaction_ids import Xid8Field
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "ExternalIdentity",
     "HourlyCount",
     "Producer",
+    "ProviderReport",
     "QuarantinedEvent",
+    "ReconciliationFinding",
     "Recording",
     "SequenceGap",
     "StreamPartition",
@@ -41,6 +44,7 @@ INSERT_ONLY_TABLES = (
     "metering_digest",
     "metering_usage_correction",
     "metering_correction_delta",
+    "metering_reconciliation_finding",
 )
 
 

@@ -160,6 +160,9 @@ CELERY_TASK_TIME_LIMIT = 600
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_TIMEZONE = "UTC"
 
+# The web process serves /metrics to whoever has it; without it there is no such page.
+METRICS_TOKEN = env.str("TOLLBOOK_METRICS_TOKEN", default="")
+
 GATEWAY_URL = env.str("TOLLBOOK_GATEWAY_URL", default="")
 SANDBOX_URL = env.str("TOLLBOOK_SANDBOX_URL", default="")
 
