@@ -14,19 +14,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 from django.db import connection, transaction
 from django.db.models.functions import Now
 
 from gateway.contract.usage_event import Superseded, UsageEvent
 from metering import failpoints
-from metering.arrivals import Undecodable, read_entry
+from metering.arrivals import Content, Undecodable, read_entries
 from metering.catalog import load_catalog
 from metering.errors import PartitionBusyError, UnstorableEntryError
 from metering.event_partitions import ensure_event_partitions
+from metering.event_rows import Arrival
 from metering.models import DeadLetter, Recording, StreamPartition
-from metering.recording import Arrival, ArrivalState, EventRecorder, RecordingOrigin, SupersededArrival
+from metering.recording import ArrivalState, EventRecorder, RecordingOrigin, SupersededArrival
 from metering.retries import run_with_retries
 from metering.sequences import SequenceBook
 from metering.stream import UsageStreams, get_streams
@@ -52,12 +53,13 @@ class DrainResult:
     batches: int = 0
 
 
-class ReadEntry(NamedTuple):
-    """A stream entry and what it is."""
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """Stream entries as read: their ids, bytes and what they are, in order."""
 
-    stream_id: bytes
-    body: bytes
-    content: UsageEvent | Superseded | Undecodable
+    stream_ids: list[bytes]
+    bodies: list[bytes]
+    contents: list[Content]
 
 
 def ensure_stream_partitions(partition_count: int) -> list[int]:
@@ -121,12 +123,12 @@ class _Batch:
     size: int
     poison_error: str
 
-    def read(self) -> list[ReadEntry]:
+    def read(self) -> _Entries:
         raw = self.streams.read(self.partition, after=self.after, count=self.size)
-        entries = [ReadEntry(stream_id, *read_entry(fields)) for stream_id, fields in raw]
+        bodies, contents = read_entries(raw)
         if self.poison_error:
-            return [ReadEntry(e.stream_id, e.body, Undecodable(e.body, self.poison_error)) for e in entries]
-        return entries
+            contents = [Undecodable(body, self.poison_error) for body in bodies]
+        return _Entries([stream_id for stream_id, _ in raw], bodies, contents)
 
 
 def _record_with_retries(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> bytes | None:
@@ -159,12 +161,12 @@ def _record_batch(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> by
         failpoints.reach("after_lock")
         entries = batch.read()
         failpoints.reach("after_read")
-        if not entries:
+        if not entries.stream_ids:
             return None
         # After the entries: the catalog that they were made with was committed before they were made.
         catalog = load_catalog()
         sorted_out = _SortedOut(batch.partition, entries)
-        cursor_after = entries[-1].stream_id.decode()
+        cursor_after = entries.stream_ids[-1].decode()
         origin = RecordingOrigin(
             Recording.Kind.STREAM,
             batch.partition,
@@ -176,7 +178,7 @@ def _record_batch(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> by
         recorded = EventRecorder(catalog.attribution, origin).record(sorted_out.arrivals, sorted_out.superseded)
         sorted_out.book.write()
         failpoints.reach("after_sequences")
-        is_regression = _is_regression(entries[0].stream_id.decode(), row.cursor, sorted_out.arrivals)
+        is_regression = _is_regression(entries.stream_ids[0].decode(), row.cursor, sorted_out.arrivals)
         if is_regression:
             logger.error(
                 "p%02d: new entries came below the cursor %s. The server lost its last entries and its clock "
@@ -188,35 +190,36 @@ def _record_batch(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> by
         )
         failpoints.reach("before_commit")
     result.batches += 1
-    result.entries += len(entries)
+    result.entries += len(entries.stream_ids)
     result.dead_letters += origin.dead_letter_count
     result.rolled_up += recorded.count(ArrivalState.ROLLED_UP)
     result.quarantined += recorded.count(ArrivalState.QUARANTINED)
     result.conflicts += recorded.count(ArrivalState.CONFLICT)
     result.duplicates += recorded.count(ArrivalState.DUPLICATE) + recorded.superseded_duplicate_count
     result.superseded += recorded.superseded_count
-    return entries[-1].stream_id
+    return entries.stream_ids[-1]
 
 
 class _SortedOut:
     """The entries of a batch by what they are, with their sequences judged."""
 
-    def __init__(self, partition: int, entries: list[ReadEntry]) -> None:
-        self.book = SequenceBook(
-            partition, [entry.content for entry in entries if not isinstance(entry.content, Undecodable)]
-        )
-        self.arrivals: list[Arrival] = []
+    def __init__(self, partition: int, entries: _Entries) -> None:
+        self.dead_letters: list[tuple[bytes, Undecodable]] = []
         self.superseded: list[SupersededArrival] = []
-        self.dead_letters: list[ReadEntry] = []
-        for entry in entries:
-            content = entry.content
-            if isinstance(content, UsageEvent):
-                producer_id, is_replay = self.book.take(content)
-                self.arrivals.append(Arrival(content, entry.body, producer_id, is_replay))
-            elif isinstance(content, Superseded):
-                self.superseded.append(SupersededArrival(content, self.book.take(content)[0]))
-            else:
-                self.dead_letters.append(entry)
+        contents: list[Any] = entries.contents
+        bodies = entries.bodies
+        kinds = set(map(type, contents))  # almost always all are events
+        if Undecodable in kinds:
+            letters = zip(entries.stream_ids, contents, strict=True)
+            self.dead_letters = [(stream_id, c) for stream_id, c in letters if isinstance(c, Undecodable)]
+            bodies = [body for body, c in zip(bodies, contents, strict=True) if not isinstance(c, Undecodable)]
+            contents = [c for c in contents if not isinstance(c, Undecodable)]
+        self.book = SequenceBook(partition, contents)
+        self.arrivals = list(map(Arrival, contents, bodies, self.book.producer_ids, self.book.are_replays))
+        if Superseded in kinds:
+            judged = zip(contents, self.book.producer_ids, strict=True)
+            self.superseded = [SupersededArrival(c, producer) for c, producer in judged if isinstance(c, Superseded)]
+            self.arrivals = [arrival for arrival in self.arrivals if arrival.event.__class__ is UsageEvent]
 
 
 @contextmanager
@@ -245,15 +248,14 @@ def _parse_stream_id(stream_id: str) -> tuple[int, int]:
     return int(milliseconds), int(number)
 
 
-def _keep_dead_letters(partition: int, entries: list[ReadEntry]) -> int:
+def _keep_dead_letters(partition: int, letters: list[tuple[bytes, Undecodable]]) -> int:
     """Keep what could not be read, with its bytes; return how many are new."""
-    if not entries:
+    if not letters:
         return 0
-    rows = []
-    for entry in entries:
-        assert isinstance(entry.content, Undecodable)
-        rows.append((entry.stream_id.decode(), entry.body, hashlib.sha256(entry.body).digest(), entry.content.error))
-        logger.error("p%02d: entry %s is dead-lettered: %s", partition, rows[-1][0], entry.content.error)
+    rows = [
+        (stream_id.decode(), letter.body, hashlib.sha256(letter.body).digest(), letter.error)
+        for stream_id, letter in letters
+    ]
     ids, bodies, hashes, errors = zip(*rows, strict=True)
     with connection.cursor() as cursor:
         cursor.execute(

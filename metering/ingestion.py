@@ -24,8 +24,9 @@ from metering.catalog import Catalog, load_catalog
 from metering.core.attribution import NO_API_KEY_ID, find_quarantine_reason
 from metering.core.windows import get_at_us
 from metering.event_partitions import ensure_event_partitions
+from metering.event_rows import Arrival
 from metering.models import Recording
-from metering.recording import Arrival, EventRecorder, RecordingOrigin
+from metering.recording import EventRecorder, RecordingOrigin
 from metering.sequences import lock_import_producer, write_progress
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]

@@ -16,8 +16,9 @@ from metering.catalog import load_catalog
 from metering.core.attribution import CATALOG_REASONS, QuarantineReason, find_quarantine_reason
 from metering.core.windows import US_PER_HOUR, get_at_us
 from metering.event_partitions import ensure_event_partitions
+from metering.event_rows import Arrival
 from metering.models import QuarantinedEvent, Recording
-from metering.recording import Arrival, ArrivalState, EventRecorder, RecordingOrigin
+from metering.recording import ArrivalState, EventRecorder, RecordingOrigin
 from metering.recording_sql import write_hourly_counts
 
 _BATCH_SIZE = 1_000

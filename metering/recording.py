@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -20,12 +19,12 @@ from django.db import DataError, connection, transaction
 from gateway.contract import usage_event
 from gateway.contract.usage_event import EventDecodeError, Superseded, UsageEvent
 from metering import failpoints
-from metering.arrivals import RowPacker, copy_rows, pack_arrival
 from metering.backfills import replace_backfills
-from metering.core.aggregation import sum_cells
-from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason, find_quarantine_reason
-from metering.core.windows import US_PER_HOUR, UsageDayFinder, compute_call_id_floor, get_instant
+from metering.core.aggregation import sum_events
+from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason
+from metering.core.windows import US_PER_HOUR, compute_call_id_floor, get_instant
 from metering.errors import UnstorableEntryError
+from metering.event_rows import Arrival, EventGroup, EventRow, EventSorter, SortedArrivals, copy_rows, pack_arrival
 from metering.models import Recording
 from metering.quarantine_rows import (
     HeldEvent,
@@ -74,15 +73,6 @@ _COUNT_COLUMNS = {
 }
 
 
-class Arrival(NamedTuple):
-    """An event that came in. `is_replay` says that its sequence number was seen before."""
-
-    event: UsageEvent
-    body: bytes
-    producer_id: int
-    is_replay: bool
-
-
 class SupersededArrival(NamedTuple):
     """A filler that came in."""
 
@@ -110,22 +100,18 @@ class RecordingResult:
     reasons: dict[int, QuarantineReason] = field(default_factory=dict)
     superseded_count: int = 0
     superseded_duplicate_count: int = 0
+    # Of every state but ROLLED_UP, which is the rest.
+    _counts: dict[ArrivalState, int] = field(default_factory=dict)
+
+    def set_state(self, position: int, state: ArrivalState) -> None:
+        """Set the state of an arrival that is not rolled up, once."""
+        self.states[position] = state
+        self._counts[state] = self._counts.get(state, 0) + 1
 
     def count(self, state: ArrivalState) -> int:
-        return self.states.count(state)
-
-
-# Both only remember what they computed, so they serve every batch of the process.
-_packer = RowPacker()
-_days = UsageDayFinder()
-
-
-class _Row(NamedTuple):
-    """An event that can be attributed: its position, its billing day and its packed values."""
-
-    position: int
-    usage_on: date
-    values: bytes
+        if state == ArrivalState.ROLLED_UP:
+            return len(self.states) - sum(self._counts.values())
+        return self._counts.get(state, 0)
 
 
 class EventRecorder:
@@ -154,9 +140,9 @@ class EventRecorder:
             self._arrivals = arrivals
             self._result = RecordingResult(cursor.fetchone()[0], [ArrivalState.ROLLED_UP] * len(arrivals))
             try:
-                rows, held = self._sort_out()
-                self._record_rows(cursor, rows)
-                self._hold(cursor, held)
+                sorted_out = self._sort_out()
+                self._record_rows(cursor, sorted_out)
+                self._hold(cursor, sorted_out.held)
                 self._insert_superseded(superseded)
             except (DataError, psycopg.DataError) as error:  # COPY is not wrapped by Django
                 raise UnstorableEntryError(str(error)) from error
@@ -164,49 +150,41 @@ class EventRecorder:
             self._write_recording()
         return self._result
 
-    def _sort_out(self) -> tuple[list[_Row], list[tuple[int, QuarantineReason]]]:
-        """Return the rows of what can be attributed, and the positions of the rest. Every arrival passes here."""
-        catalog, now_us, is_key_required = self._catalog, self._now_us, self._is_key_required
-        zones, recording_id = catalog.tenant_zones, self._result.recording_id
-        pack, find_day = _packer.pack, _days.find
-        rows: list[_Row] = []
-        held: list[tuple[int, QuarantineReason]] = []
-        received: dict[tuple[int, int], int] = {}
-        for position, (event, _, producer_id, _) in enumerate(self._arrivals):
-            reason = find_quarantine_reason(event, catalog, now_us=now_us, is_key_required=is_key_required)
-            at_us = event.occurred_at_us
-            if reason is not None:
-                held.append((position, reason))
-                counted_in = self._counted_in[position] = self._choose_counted_in(event, reason)
-            else:
-                zone = zones[event.tenant_id]
-                assert zone is not None  # attribution has refused a tenant without one
-                usage_on = find_day(at_us, zone)
-                rows.append(_Row(position, usage_on, pack(event, recording_id, producer_id, usage_on)))
-                counted_in = (event.tenant_id, at_us // US_PER_HOUR)
-            received[counted_in] = received.get(counted_in, 0) + 1
-        for (tenant_id, hour), count in received.items():
-            self._hourly[tenant_id, hour, "received"] += count
-        return rows, held
+    def _sort_out(self) -> SortedArrivals:
+        """Judge and pack the arrivals, and count them as received."""
+        sorter = EventSorter(
+            self._catalog,
+            recording_id=self._result.recording_id,
+            now_us=self._now_us,
+            is_key_required=self._is_key_required,
+        )
+        sorted_out = sorter.sort(self._arrivals)
+        self._count(Counter(row[2] for row in (*sorted_out.fresh, *sorted_out.replays)), "received")
+        for position, reason in sorted_out.held:
+            counted_in = self._choose_counted_in(self._arrivals[position].event, reason)
+            self._counted_in[position] = counted_in
+            self._hourly[*counted_in, "received"] += 1
+        return sorted_out
 
-    def _record_rows(self, cursor: Any, rows: list[_Row]) -> None:
+    def _count(self, counts: Mapping[EventGroup, int], column: str) -> None:
+        for group, count in counts.items():
+            self._hourly[*group.counted_in, column] += count
+
+    def _record_rows(self, cursor: Any, sorted_out: SortedArrivals) -> None:
         """Insert and sum what is new; settle what is not."""
-        fresh = [row for row in rows if not self._arrivals[row.position].is_replay]
-        inserted = self._insert_events(cursor, fresh)
+        inserted = self._insert_events(cursor, sorted_out.fresh)
         failpoints.reach("after_insert")
-        add_to_rollups(cursor, sum_cells((self._arrivals[row.position].event, row.usage_on) for row in inserted))
-        rolled_up: dict[tuple[int, int], int] = {}
-        for row in inserted:
-            event = self._arrivals[row.position].event
-            key = (event.tenant_id, event.occurred_at_us // US_PER_HOUR)
-            rolled_up[key] = rolled_up.get(key, 0) + 1
-        for (tenant_id, hour), count in rolled_up.items():
-            self._hourly[tenant_id, hour, "rolled_up"] += count
-        if len(inserted) < len(rows):
-            positions = {row.position for row in inserted}
-            self._settle_leftovers(cursor, [row for row in rows if row.position not in positions])
+        sums = sum_events((event, group) for _, event, group, _ in inserted)
+        add_to_rollups(cursor, _merge_cells(sums))
+        self._count({group: calls for group, (calls, *_) in sums.items()}, "rolled_up")
+        leftovers = sorted_out.replays
+        if len(inserted) < len(sorted_out.fresh):
+            positions = {row[0] for row in inserted}
+            leftovers = [*leftovers, *(row for row in sorted_out.fresh if row[0] not in positions)]
+        if leftovers:
+            self._settle_leftovers(cursor, leftovers)
 
-    def _insert_events(self, cursor: Any, fresh: list[_Row]) -> list[_Row]:
+    def _insert_events(self, cursor: Any, fresh: list[EventRow]) -> list[EventRow]:
         """Insert the events whose call ids are not recorded, and return their rows.
 
         Almost always all of them are new, and COPY straight into the table costs half of any way that can leave
@@ -216,26 +194,27 @@ class EventRecorder:
             return []
         try:
             with transaction.atomic():
-                copy_rows(cursor, "metering_usage_event", [row.values for row in fresh])
+                copy_rows(cursor, "metering_usage_event", [values for _, _, _, values in fresh])
             return fresh
         except psycopg.errors.UniqueViolation:  # COPY is not wrapped by Django
-            first: dict[str, _Row] = {}
+            first: dict[str, EventRow] = {}
             for row in fresh:
-                first.setdefault(self._arrivals[row.position].event.call_id, row)
+                first.setdefault(row[1].call_id, row)
             self._stage(cursor, list(first.values()))
             cursor.execute(INSERT_STAGED)
             return [first[call_id] for (call_id,) in cursor.fetchall()]
 
-    def _stage(self, cursor: Any, rows: list[_Row]) -> None:
+    def _stage(self, cursor: Any, rows: list[EventRow]) -> None:
         cursor.execute(CREATE_STAGING)
         cursor.execute(EMPTY_STAGING)
-        copy_rows(cursor, STAGING_TABLE, [row.values + pack_arrival(row.position) for row in rows], "arrival")
+        staged = [values + pack_arrival(position) for position, _, _, values in rows]
+        copy_rows(cursor, STAGING_TABLE, staged, "arrival")
         failpoints.reach("after_staging")
 
-    def _settle_leftovers(self, cursor: Any, leftovers: list[_Row]) -> None:
+    def _settle_leftovers(self, cursor: Any, leftovers: list[EventRow]) -> None:
         """Tell duplicates, conflicts and reused sequence numbers apart among what was not inserted."""
         self._stage(cursor, leftovers)
-        times_us = [self._arrivals[row.position].event.occurred_at_us for row in leftovers]
+        times_us = [event.occurred_at_us for _, event, _, _ in leftovers]
         bounds = {
             "call_id_min": compute_call_id_floor(min(times_us)),
             "call_id_end": compute_call_id_floor(max(times_us) + 1000),
@@ -248,7 +227,7 @@ class EventRecorder:
             else:
                 (missing if is_same is None else other).append(position)
         self._insert_conflicts(other)
-        days = {row.position: row.usage_on for row in leftovers}
+        days = {position: group.usage_on for position, _, group, _ in leftovers}
         new = [position for position in other if self._result.states[position] == ArrivalState.CONFLICT]
         if new:
             replace_backfills([(self._arrivals[position].event, days[position]) for position in new])
@@ -343,7 +322,7 @@ class EventRecorder:
             self._result.superseded_duplicate_count += not is_new
 
     def _set_state(self, position: int, state: ArrivalState) -> None:
-        self._result.states[position] = state
+        self._result.set_state(position, state)
         self._hourly[*self._get_counted_in(position), _COUNT_COLUMNS[state]] += 1
 
     def _get_counted_in(self, position: int) -> tuple[int, int]:
@@ -385,6 +364,15 @@ class EventRecorder:
             superseded_count=result.superseded_count,
             dead_letter_count=origin.dead_letter_count,
         )
+
+
+def _merge_cells(sums: Mapping[EventGroup, list[int]]) -> dict[tuple[Any, ...], list[int]]:
+    """Return the sums of rollup cells: groups differ in more than cells do."""
+    cells: dict[tuple[Any, ...], list[int]] = {}
+    for group, values in sums.items():
+        known = cells.get(group.cell)
+        cells[group.cell] = values if known is None else [a + b for a, b in zip(known, values, strict=True)]
+    return cells
 
 
 def _get_summed_values(event: UsageEvent) -> tuple[Any, ...]:

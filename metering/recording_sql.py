@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metering.arrivals import EVENT_COLUMNS
 from metering.core.windows import US_PER_HOUR, get_instant
+from metering.event_rows import EVENT_COLUMNS
 
 STAGING_TABLE = "pg_temp.metering_arriving_event"
 CREATE_STAGING = (
@@ -71,7 +71,7 @@ ON CONFLICT ({_CELL}) DO UPDATE SET
 
 
 def add_to_rollups(cursor: Any, cells: Mapping[tuple[Any, ...], Sequence[int]]) -> None:
-    """Add the sums of `sum_cells` to the rollups."""
+    """Add to the rollups the sums (as of `sum_events`) of cells (the values of RollupKey)."""
     keys = sorted(cells)  # always in the same order, so that two recorders cannot deadlock
     if keys:
         columns = [*zip(*keys, strict=True), *zip(*(cells[key] for key in keys), strict=True)]

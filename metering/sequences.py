@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +22,10 @@ class _Advanced:
 
 
 class SequenceBook:
-    """Judges the numbered contents of one batch, in their order. The caller owns the partition."""
+    """Judges the numbered contents of one batch, in their order. The caller owns the partition.
+
+    `producer_ids` and `are_replays` say of each content whose it is and whether its number was seen before.
+    """
 
     def __init__(self, partition: int, contents: Sequence[UsageEvent | Superseded]) -> None:
         seqs: defaultdict[str, list[int]] = defaultdict(list)
@@ -34,17 +37,18 @@ class SequenceBook:
         for row in open_gaps.order_by("producer", "first_seq"):
             gap_rows[row.producer_id][SequenceRange(row.first_seq, row.last_seq)] = row
         self._advanced: list[_Advanced] = []
-        self._verdicts: dict[str, deque[bool]] = {}
-        self._producer_ids = {name: producer.pk for name, producer in producers.items()}
+        verdicts = {}
         for name, producer in producers.items():
             gaps = gap_rows[producer.pk]
             advance = advance_sequence(producer.last_seq, list(gaps), seqs[name])
             self._advanced.append(_Advanced(producer, gaps, advance))
-            self._verdicts[name] = deque(advance.is_fresh)
-
-    def take(self, content: UsageEvent | Superseded) -> tuple[int, bool]:
-        """Return the producer's id and whether the number was seen before, for the next content in order."""
-        return self._producer_ids[content.producer], not self._verdicts[content.producer].popleft()
+            verdicts[name] = (producer.pk, iter(advance.is_fresh))
+        self.producer_ids: list[int] = []
+        self.are_replays: list[bool] = []
+        for content in contents:
+            producer_id, is_fresh = verdicts[content.producer]
+            self.producer_ids.append(producer_id)
+            self.are_replays.append(not next(is_fresh))
 
     def write(self) -> None:
         """Store the new highest numbers; open gaps, and close what arrived."""

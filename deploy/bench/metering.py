@@ -250,11 +250,11 @@ def fill_streams(count: int, partition_count: int, folder: Path, processes: int)
     """Append the events, some twice, and write the rows for bare COPY; return the number of duplicates."""
     from gateway.contract.streams import EVENT_FIELD, get_partition, get_stream_key
     from gateway.contract.usage_event import to_wire
-    from metering.arrivals import RowPacker
-    from metering.core.windows import get_utc_day
+    from metering.catalog import load_catalog
+    from metering.event_rows import Arrival, EventSorter
     from metering.stream import get_streams
 
-    packer = RowPacker()
+    sorter = EventSorter(load_catalog().attribution, recording_id=0, now_us=time.time_ns() // 1000)
     randomness = random.Random(2)
     duplicates = 0
     rows: list[list[bytes]] = [[] for _ in range(processes)]
@@ -265,9 +265,7 @@ def fill_streams(count: int, partition_count: int, folder: Path, processes: int)
         duplicates += copies - 1
         for _ in range(copies):
             pipeline.xadd(get_stream_key(partition), {EVENT_FIELD: to_wire(event)})
-        usage_on = get_utc_day(event.occurred_at_us)
-        row = packer.pack(event, 0, 1, usage_on)
-        rows[partition % processes].append(row)
+        rows[partition % processes].append(sorter.sort([Arrival(event, b"", 1, False)]).fresh[0][3])
         if number % 1000 == 999:
             pipeline.execute()
     pipeline.execute()
@@ -337,8 +335,8 @@ def copy_file(path: Path) -> None:
     start_django()
     from django.db import connection
 
-    from metering.arrivals import copy_rows
     from metering.consumer import BATCH_SIZE
+    from metering.event_rows import copy_rows
 
     rows = pickle.loads(path.read_bytes())
     connection.ensure_connection()

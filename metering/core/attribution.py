@@ -5,8 +5,7 @@ What fails goes to quarantine with a reason and is never counted as zero.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import tzinfo
 from enum import StrEnum
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -14,6 +13,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from gateway.contract.catalog_snapshot import CatalogSnapshot
 from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, TOKENS_MAX, UsageEvent
+from metering.core.call_ids import is_call_id
 from metering.core.windows import US_PER_DAY, US_PER_HOUR
 
 # Older events are held, so that a wrong clock cannot create partitions without bound.
@@ -25,7 +25,6 @@ INT64_MAX = 2**63 - 1
 # Stands for "no key" in events that did not pass the gateway.
 NO_API_KEY_ID = 0
 
-_CALL_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 _BELIEVABLE_SOURCES = frozenset(
     (outcome.value, source.value)
     for outcome in Outcome
@@ -80,8 +79,6 @@ class AttributionCatalog:
     api_key_tenants: dict[int, int]
     served_model_ids: frozenset[int]
     upstreams: dict[int, tuple[int, int]]  # upstream id to (served model id, provider id)
-    # Routes already found good, so that an event of a known one costs a single look-up.
-    good_routes: set[tuple[int, int, int, int, int]] = field(default_factory=set, compare=False)
 
 
 def build_attribution_catalog(snapshot: CatalogSnapshot) -> AttributionCatalog:
@@ -119,7 +116,7 @@ def find_quarantine_reason(
 
 
 def _find_time_reason(event: UsageEvent, now_us: int) -> QuarantineReason | None:
-    if _CALL_ID.fullmatch(event.call_id) is None:
+    if not is_call_id(event.call_id):
         return QuarantineReason.CALL_ID_MALFORMED
     if int(event.call_id[:8] + event.call_id[9:13], 16) != event.occurred_at_us // 1000:
         return QuarantineReason.CALL_ID_TIME_MISMATCH
@@ -183,9 +180,6 @@ def _find_route_reason(
     event: UsageEvent, catalog: AttributionCatalog, is_key_required: bool
 ) -> QuarantineReason | None:
     tenant_id, api_key_id, served_model_id = event.tenant_id, event.api_key_id, event.served_model_id
-    route = (tenant_id, api_key_id, served_model_id, event.upstream_id, event.provider_id)
-    if route in catalog.good_routes:
-        return None
     if tenant_id not in catalog.tenant_zones:
         return QuarantineReason.UNKNOWN_TENANT
     if catalog.tenant_zones[tenant_id] is None:
@@ -206,6 +200,4 @@ def _find_route_reason(
         return QuarantineReason.UPSTREAM_OF_OTHER_MODEL
     if provider_id != event.provider_id:
         return QuarantineReason.PROVIDER_MISMATCH
-    if api_key_id != NO_API_KEY_ID:
-        catalog.good_routes.add(route)
     return None

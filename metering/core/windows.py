@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import uuid
 from datetime import UTC, date, datetime, timedelta, tzinfo
+from functools import lru_cache
 
 US_PER_HOUR = 3_600_000_000
 US_PER_DAY = 24 * US_PER_HOUR
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Offsets of zones are multiples of a quarter of an hour today: a quarter almost always lies in one day.
-_QUARTER_US = 15 * 60 * 1_000_000
+QUARTER_US = 15 * 60 * 1_000_000
 _REMEMBERED_MAX = 100_000
 
 
@@ -39,29 +40,16 @@ def compute_usage_day(occurred_at_us: int, zone: tzinfo) -> date:
     return get_instant(occurred_at_us).astimezone(zone).date()
 
 
-class UsageDayFinder:
-    """`compute_usage_day` for many events: remembers the day of each quarter of an hour and zone.
+@lru_cache(maxsize=_REMEMBERED_MAX)
+def find_quarter_day(quarter: int, zone: tzinfo) -> date | None:
+    """Return the calendar day in `zone` of a whole quarter of an hour, numbered since 1970 (`at_us // QUARTER_US`).
 
-    A quarter in which the zone changes its day or its offset is not remembered but computed for each instant.
+    None where the zone changes its day or its offset within it: `compute_usage_day` says it for each instant.
     """
-
-    def __init__(self) -> None:
-        self._days: dict[tuple[tzinfo, int], date] = {}
-
-    def find(self, occurred_at_us: int, zone: tzinfo) -> date:
-        """Return `compute_usage_day(occurred_at_us, zone)`."""
-        quarter = occurred_at_us // _QUARTER_US
-        day = self._days.get((zone, quarter))
-        if day is not None:
-            return day
-        day = compute_usage_day(occurred_at_us, zone)
-        first = get_instant(quarter * _QUARTER_US).astimezone(zone)
-        last = get_instant((quarter + 1) * _QUARTER_US - 1).astimezone(zone)
-        if first.date() == last.date() and first.utcoffset() == last.utcoffset():
-            if len(self._days) >= _REMEMBERED_MAX:
-                self._days.clear()
-            self._days[zone, quarter] = day
-        return day
+    first = get_instant(quarter * QUARTER_US).astimezone(zone)
+    last = get_instant((quarter + 1) * QUARTER_US - 1).astimezone(zone)
+    is_one_day = first.date() == last.date() and first.utcoffset() == last.utcoffset()
+    return first.date() if is_one_day else None
 
 
 def get_utc_day(occurred_at_us: int) -> date:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from gateway.contract.usage_event import build_call_id
 from metering.core.windows import (
-    UsageDayFinder,
+    QUARTER_US,
     compute_call_id_bounds,
     compute_usage_day,
+    find_quarter_day,
     get_at_us,
     get_instant,
     get_utc_day,
@@ -55,21 +56,18 @@ def us(text: str) -> int:
 )
 def test_day_at_its_borders(instant: str, zone: str, day: str) -> None:
     assert compute_usage_day(us(instant), ZoneInfo(zone)) == date.fromisoformat(day)
-    finder = UsageDayFinder()
-    for _ in range(2):  # computed, then remembered
-        assert finder.find(us(instant), ZoneInfo(zone)) == date.fromisoformat(day)
+    assert find_quarter_day(us(instant) // QUARTER_US, ZoneInfo(zone)) in (None, date.fromisoformat(day))
 
 
-@given(
-    st.integers(us("2008-01-01T00:00:00+00:00"), us("2030-01-01T00:00:00+00:00")),
-    st.lists(st.integers(0, 3_600_000_000), max_size=8),
-    st.sampled_from(ZONES),
-)
-def test_remembered_days_equal_computed_ones(start_us: int, offsets_us: list[int], zone: str) -> None:
-    finder = UsageDayFinder()
-    for offset_us in offsets_us:
-        at_us = start_us + offset_us
-        assert finder.find(at_us, ZoneInfo(zone)) == compute_usage_day(at_us, ZoneInfo(zone))
+@given(st.integers(us("2008-01-01T00:00:00+00:00"), us("2030-01-01T00:00:00+00:00")), st.sampled_from(ZONES))
+def test_day_of_a_quarter_is_that_of_its_instants(at_us: int, zone: str) -> None:
+    assert find_quarter_day(at_us // QUARTER_US, ZoneInfo(zone)) in (None, compute_usage_day(at_us, ZoneInfo(zone)))
+
+
+def test_quarter_has_no_day_where_the_zone_changes() -> None:
+    quarters = [(us(f"2010-11-07T02:{minute}:00+00:00")) // QUARTER_US for minute in (15, 30, 45)]
+    days = [find_quarter_day(quarter, ZoneInfo("America/St_Johns")) for quarter in quarters]
+    assert days == [date(2010, 11, 6), None, date(2010, 11, 6)]
 
 
 @given(st.datetimes(timezones=st.just(UTC)).filter(lambda instant: instant.year >= 1970))
