@@ -19,6 +19,8 @@ from gateway.admission import ADMIT, CANCEL, Admission
 from gateway.authentication import Authenticator, check_scope
 from gateway.calls import Call, read_labels
 from gateway.contract.catalog_snapshot import ServedModelRecord
+from gateway.endpoints.dialect import Dialect
+from gateway.endpoints.translated_exchange import DIALECTS, TranslatedExchange, send_error, translate_request
 from gateway.errors import SERVER, GatewayError, RedisUnavailableError, SpoolFullError, build_metering_unavailable
 from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
 from gateway.exchange import Exchange
@@ -44,6 +46,7 @@ ENDPOINTS = {
     "/v1/completions": "completions",
     "/v1/embeddings": "embeddings",
 }
+DIALECT_PATHS = {f"/v1/{name}": dialect for name, dialect in DIALECTS.items()}
 MODELS_PATH = "/v1/models"
 USAGE_PATH = "/v1/usage"
 
@@ -56,11 +59,13 @@ class CannotStartError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What serves a path. `is_public`: without an API key. `endpoint` is set where the route forwards a call."""
+    """What serves a path. `is_public`: without an API key. `endpoint` is set where the route forwards a call, and
+    `dialect` where it does not speak of chat completions itself."""
 
     method: str
     serve: Callable[[Exchange], Coroutine[Any, Any, None]]
     endpoint: str = ""
+    dialect: Dialect | None = None
     is_public: bool = False
 
 
@@ -96,8 +101,12 @@ class GatewayApp:
         if catalog is None:
             raise _build_catalog_unavailable()
         exchange.catalog = catalog
+        authorization = exchange.headers.get(b"authorization")
+        if authorization is None and b"x-api-key" in exchange.headers:
+            # Anthropic's header for the same key.
+            authorization = b"Bearer " + exchange.headers[b"x-api-key"]
         exchange.caller = self._authenticator.authenticate(
-            exchange.headers.get(b"authorization"), catalog, now_ms=exchange.occurred_at_us // 1000
+            authorization, catalog, now_ms=exchange.occurred_at_us // 1000
         )
 
     async def serve(self, exchange: Exchange) -> None:
@@ -108,7 +117,7 @@ class GatewayApp:
             await exchange.route.serve(exchange)
         except GatewayError as error:
             self._telemetry.requests_refused.add(1, (str(error.status), error.code))
-            exchange.send_error(error)
+            send_error(exchange, error)
 
     # Life
 
@@ -236,6 +245,10 @@ class GatewayApp:
             "/metrics": Route("GET", self._serve_metrics, is_public=True),
         }
         routes |= {path: Route("POST", self._serve_call, endpoint=endpoint) for path, endpoint in ENDPOINTS.items()}
+        routes |= {
+            path: Route("POST", self._serve_call, endpoint=dialect.endpoint, dialect=dialect)
+            for path, dialect in DIALECT_PATHS.items()
+        }
         # The base URL of a client may end in /v1 or not.
         return routes | {path.removeprefix("/v1"): route for path, route in routes.items()}
 
@@ -258,6 +271,10 @@ class GatewayApp:
             raise _build_model_not_found(model_name)
         if not offer.upstreams:
             raise GatewayError(503, "no_upstream", f"No provider serves '{model_name}' now.", type=SERVER)
+        dialect: Dialect | None = exchange.route.dialect
+        asked = request.json
+        if dialect is not None:
+            request = translate_request(request, dialect)
         call = Call(
             call_id=exchange.call_id,
             occurred_at_us=exchange.occurred_at_us,
@@ -269,12 +286,16 @@ class GatewayApp:
             request=request,
             labels=read_labels(request.json),
         )
-        if idempotency.HEADER not in exchange.headers:
-            await relay.Relay(self._parts, exchange, call).run(offer.upstreams)
-            return
-        await self._idempotency.serve(
-            exchange, call, lambda recording: relay.Relay(self._parts, recording, call).run(offer.upstreams)
-        )
+
+        def run(outlet: Exchange) -> Coroutine[Any, Any, None]:
+            if dialect is not None:
+                outlet = TranslatedExchange(outlet, call, dialect=dialect, asked=asked)
+            return relay.Relay(self._parts, outlet, call).run(offer.upstreams)
+
+        if idempotency.HEADER in exchange.headers:
+            await self._idempotency.serve(exchange, call, run)
+        else:
+            await run(exchange)
 
     async def _serve_models(self, exchange: Exchange) -> None:
         catalog, caller = exchange.catalog, exchange.caller

@@ -21,12 +21,11 @@ CHOICES_MAX = 128
 # Servers count the prompt a token or two differently, and refuse what does not fit into the window.
 WINDOW_MARGIN_TOKENS = 8
 
-# Members that bound the output, by endpoint. The first is the one that every server of the endpoint obeys.
+# Members that bound the output, by the request's endpoint: messages and responses are chat completions by now. The
+# first is the one that every server of the endpoint obeys.
 _BOUND_NAMES = {
     "chat.completions": ("max_tokens", "max_completion_tokens"),
     "completions": ("max_tokens", "max_completion_tokens"),
-    "responses": ("max_output_tokens",),
-    "messages": ("max_tokens",),
 }
 _CHOICE_NAMES = ("n", "best_of")
 # Members with several prompts in them, each of which may fill the window.
@@ -46,13 +45,13 @@ async def bound_call(call: Call) -> None:
     body = call.request.json
     context = call.model.context_tokens_max or TOKENS_MAX
     must_hold = call.caller.limits_tokens
-    prompts = _count_prompts(body.get(_PROMPT_NAMES.get(call.endpoint, "")))
+    prompts = _count_prompts(body.get(_PROMPT_NAMES.get(call.request.endpoint, "")))
     input_tokens = context * prompts
     call.window_tokens = call.model.context_tokens_max * prompts
     if not _has_other_than_text(body.get("messages")):
         input_tokens = min(estimate_input_tokens(len(call.request.body)), input_tokens)
     output_tokens = 0
-    names = _BOUND_NAMES.get(call.endpoint)
+    names = _BOUND_NAMES.get(call.request.endpoint)
     if names is not None:
         if must_hold:
             _check_numbers(body, names)
@@ -94,9 +93,10 @@ async def _cap(call: Call, names: tuple[str, ...], *, asked: int | None, bound: 
 
 
 async def _fit_into_window(call: Call, bound: int) -> int:
+    request, template = call.request, call.model.chat_template
     try:
         input_tokens = await run_in_tokenizer_thread(
-            count_input_tokens, call.request.json, endpoint=call.endpoint, chat_template=call.model.chat_template
+            count_input_tokens, request.json, endpoint=request.endpoint, chat_template=template
         )
     except TokenizerError:
         input_tokens = None

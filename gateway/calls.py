@@ -80,6 +80,7 @@ class Call(msgspec.Struct, kw_only=True):
     meter: StreamMeter | None = None
     attempts: list[Attempt] = []
     first_byte_us: int | None = None
+    recorded_usage: ReportedUsage | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,8 +62,10 @@ async def judge_usage(
 
 def _count(call: Call, emitted: EmittedText) -> OwnCount:
     template = call.model.chat_template
-    input_tokens = count_input_tokens(call.request.json, endpoint=call.endpoint, chat_template=template)
-    output_tokens = 0 if call.endpoint == "embeddings" else count_output_tokens(emitted, chat_template=template)
+    # The request's endpoint, not the call's: a message or a response went upstream as a chat completion.
+    endpoint = call.request.endpoint
+    input_tokens = count_input_tokens(call.request.json, endpoint=endpoint, chat_template=template)
+    output_tokens = 0 if endpoint == "embeddings" else count_output_tokens(emitted, chat_template=template)
     return OwnCount(input_tokens, output_tokens)
 
 

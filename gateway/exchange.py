@@ -110,9 +110,10 @@ class Exchange:
         """Answer with a whole body, in one write."""
         self._send_whole(status, headers, body)
 
-    def send_error(self, error: GatewayError) -> None:
-        """Answer with an error in OpenAI's shape."""
-        self._send_whole(error.status, ((b"content-type", b"application/json"), *error.headers), error.build_body())
+    def send_error(self, error: GatewayError, body: bytes | None = None, more_headers: Headers = ()) -> None:
+        """Answer with an error in OpenAI's shape, or with a `body` in another."""
+        headers = ((b"content-type", b"application/json"), *error.headers, *more_headers)
+        self._send_whole(error.status, headers, error.build_body() if body is None else body)
 
     def start_stream(self, headers: Headers) -> None:
         """Send status 200 and the headers of a stream. HTTP/1.0 knows no chunks: there it ends with the connection."""

@@ -340,6 +340,7 @@ class Relay:
         """Make the event durable; return the cost for its header. Raises SpoolFullError."""
         parts, call = self._parts, self._call
         call.is_settled = True
+        call.recorded_usage = verdict.usage
         settlement = build_settlement(call, verdict, total_us=self._measure_us())
         model = call.model.name
         try:
