@@ -34,11 +34,11 @@ from metering.errors import (
     StaleCorrectionError,
 )
 from metering.event_partitions import ensure_event_partitions
-from metering.ingestion import CatalogNames, UnattributableError, UsageRecord
 from metering.models import QuarantinedEvent, Recording, UsageCorrection, UsageEvent
 from metering.recording import Arrival, ArrivalState, EventRecorder, RecordingOrigin
 from metering.retries import run_with_retries
 from metering.sequences import lock_import_producer, write_progress
+from metering.sourced_events import CatalogNames, RefusedCallError, UsageRecord, build_countable_event
 
 # Numbers the events of backfills.
 BACKFILL_PRODUCER = "backfill"
@@ -250,9 +250,8 @@ def _build_event(
     values.pop("call_id", None)
     try:
         record = msgspec.convert(values, UsageRecord)
-        now_us = time.time_ns() // 1000
-        return CatalogNames(catalog).build_event(record, now_us=now_us, default_source=BACKFILL_PRODUCER).event
-    except UnattributableError as error:
+        return build_countable_event(record, CatalogNames(catalog), default_source=BACKFILL_PRODUCER).event
+    except RefusedCallError as error:
         raise CorrectionRefusedError(error.code, str(error)) from error
     except msgspec.ValidationError as error:
         raise CorrectionRefusedError("invalid_record", str(error)) from error

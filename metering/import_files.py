@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +12,16 @@ from typing import Any, BinaryIO, TextIO
 
 import msgspec
 
-from metering.catalog import load_catalog
 from metering.errors import ImportFormatError
-from metering.ingestion import (
-    CatalogNames,
-    IngestionState,
-    SourcedEvent,
-    UnattributableError,
-    UsageRecord,
-    count_known,
-    record_sourced_events,
-)
+from metering.ingestion import IngestionState, count_known, record_sourced_events
 from metering.models import Recording
+from metering.sourced_events import (
+    RefusedCallError,
+    SourcedEvent,
+    UsageRecord,
+    build_countable_event,
+    load_catalog_names,
+)
 
 BATCH_SIZE = 5_000
 LINE_BYTES_MAX = 1_000_000
@@ -68,7 +65,7 @@ def import_usage_file(
     result = ImportResult()
     rejects_path = path.with_name(path.name + ".rejects.jsonl")
     rejects = _Rejects(rejects_path, result, is_dry_run)
-    names = CatalogNames(load_catalog())
+    names = load_catalog_names()
     batch: list[tuple[_Line, SourcedEvent]] = []
     with path.open("rb") as file:
         read_lines = _read_csv if path.suffix.lower() == ".csv" else _read_json_lines
@@ -76,10 +73,8 @@ def import_usage_file(
             for line in read_lines(file, on_bytes):
                 result.lines += 1
                 try:
-                    record = line.read()
-                    now_us = time.time_ns() // 1000
-                    batch.append((line, names.build_event(record, now_us=now_us, default_source=source)))
-                except UnattributableError as error:
+                    batch.append((line, build_countable_event(line.read(), names, default_source=source)))
+                except RefusedCallError as error:
                     rejects.add(line, error.code, str(error))
                 except (msgspec.ValidationError, msgspec.DecodeError, ValueError) as error:
                     rejects.add(line, "invalid_record", str(error))
@@ -101,7 +96,7 @@ def _record(batch: list[tuple[_Line, SourcedEvent]], result: ImportResult, rejec
         result.duplicates += known
         result.recorded += len(sourced) - known
         return
-    states = record_sourced_events(sourced, kind=Recording.Kind.IMPORT)
+    states = [result.state for result in record_sourced_events(sourced, kind=Recording.Kind.IMPORT)]
     for (line, item), state in zip(batch, states, strict=True):
         if state == IngestionState.CONFLICT:
             rejects.add(line, "id_conflict", f"id {item.external_id!r} of {item.source!r} has other content")

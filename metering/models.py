@@ -10,6 +10,7 @@ from django.db import models
 from django.db.models.functions import Now
 
 from metering.correction_tables import CorrectionDelta, UsageCorrection
+from metering.ingestion_sources import IngestionSource
 from metering.reconciliation.models import ProviderReport, ReconciliationFinding
 from metering.transaction_ids import Xid8Field
 
@@ -21,6 +22,7 @@ __all__ = [
     "Digest",
     "ExternalIdentity",
     "HourlyCount",
+    "IngestionSource",
     "Producer",
     "ProviderReport",
     "QuarantinedEvent",
@@ -301,6 +303,7 @@ class QuarantinedEvent(models.Model):
     seq = models.BigIntegerField()
     body = models.BinaryField(help_text="the event on the wire")
     body_sha256 = models.BinaryField(max_length=32)
+    names = models.JSONField(null=True, help_text="the names its source used, where the catalog lacks one of them")
     recording_id = models.BigIntegerField()
     catalog_version = models.BigIntegerField(help_text="the catalog it was last tried with")
     quarantined_at = models.DateTimeField(db_default=Now(), editable=False)

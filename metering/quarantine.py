@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 from django.db import connection, transaction
 from django.db.models import QuerySet
 from django.db.models.functions import Now
@@ -20,6 +21,7 @@ from metering.event_rows import Arrival
 from metering.models import QuarantinedEvent, Recording
 from metering.recording import ArrivalState, EventRecorder, RecordingOrigin
 from metering.recording_sql import write_hourly_counts
+from metering.sourced_events import CallNames, attribute_by_names
 
 _BATCH_SIZE = 1_000
 
@@ -101,11 +103,14 @@ def _release_batch(ids: list[int], actor_name: str, note: str) -> ReleaseResult:
     now_us = time.time_ns() // 1000
     passing: list[tuple[QuarantinedEvent, Arrival]] = []
     for row in rows:
-        event = usage_event.from_wire(bytes(row.body))
+        event, body = usage_event.from_wire(bytes(row.body)), bytes(row.body)
+        if row.names is not None:
+            event = attribute_by_names(event, msgspec.convert(row.names, CallNames))
+            body = usage_event.to_wire(event)
         is_key_required = row.producer.partition is not None
         reason = find_quarantine_reason(event, catalog, now_us=now_us, is_key_required=is_key_required)
         if reason is None:
-            passing.append((row, Arrival(event, bytes(row.body), row.producer_id, is_replay=False)))
+            passing.append((row, Arrival(event, body, row.producer_id, is_replay=False)))
         else:
             row.reason, row.catalog_version = reason, catalog.version
             row.save(update_fields=["reason", "catalog_version"])

@@ -21,7 +21,7 @@ from gateway.contract.usage_event import EventDecodeError, Superseded, UsageEven
 from metering import failpoints
 from metering.backfills import replace_backfills
 from metering.core.aggregation import sum_events
-from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason
+from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason, find_quarantine_reason
 from metering.core.windows import US_PER_HOUR, compute_call_id_floor, get_instant
 from metering.errors import UnstorableEntryError
 from metering.event_rows import Arrival, EventGroup, EventRow, EventSorter, SortedArrivals, copy_rows, pack_arrival
@@ -129,11 +129,18 @@ class EventRecorder:
         # Tenant and hour of the arrivals that are not counted where they say they happened, by position.
         self._counted_in: dict[int, tuple[int, int]] = {}
 
-    def record(self, arrivals: Sequence[Arrival], superseded: Sequence[SupersededArrival] = ()) -> RecordingResult:
+    def record(
+        self,
+        arrivals: Sequence[Arrival],
+        superseded: Sequence[SupersededArrival] = (),
+        *,
+        conflicts: Sequence[Arrival] = (),
+    ) -> RecordingResult:
         """Record the batch and return what became of each arrival.
 
-        Partitions of the events' days must exist (`ensure_event_partitions`). Raises UnstorableEntryError
-        where PostgreSQL refuses a value; the caller then rolls back and records smaller parts.
+        `conflicts` are known by another identity to contradict the call whose id they have; their states follow those
+        of the arrivals. Partitions of the events' days must exist (`ensure_event_partitions`). Raises
+        UnstorableEntryError where PostgreSQL refuses a value; the caller then rolls back and records smaller parts.
         """
         with connection.cursor() as cursor:
             cursor.execute("SELECT nextval('metering_recording_id_seq')")
@@ -144,6 +151,7 @@ class EventRecorder:
                 self._record_rows(cursor, sorted_out)
                 self._hold(cursor, sorted_out.held)
                 self._insert_superseded(superseded)
+                self._insert_known_conflicts(conflicts)
             except (DataError, psycopg.DataError) as error:  # COPY is not wrapped by Django
                 raise UnstorableEntryError(str(error)) from error
             self._write_counts(cursor)
@@ -274,6 +282,20 @@ class EventRecorder:
             is_new = row.identity in inserted
             inserted.discard(row.identity)
             self._set_state(position, ArrivalState.CONFLICT if is_new else ArrivalState.DUPLICATE)
+
+    def _insert_known_conflicts(self, conflicts: Sequence[Arrival]) -> None:
+        if not conflicts:
+            return
+        first = len(self._arrivals)
+        self._arrivals = [*self._arrivals, *conflicts]
+        self._result.states += [ArrivalState.ROLLED_UP] * len(conflicts)  # until set below
+        positions = list(range(first, len(self._arrivals)))
+        for position in positions:
+            event = self._arrivals[position].event
+            reason = find_quarantine_reason(event, self._catalog, now_us=self._now_us, is_key_required=False)
+            counted_in = self._counted_in[position] = self._choose_counted_in(event, reason)
+            self._hourly[*counted_in, "received"] += 1
+        self._insert_conflicts(positions)
 
     def _insert_held(self, unseen: list[tuple[int, QuarantineReason]]) -> None:
         if not unseen:

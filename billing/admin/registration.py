@@ -10,6 +10,7 @@ from billing.admin import (  # noqa: F401
     audit,
     catalog,
     closing,
+    ingestion_sources,
     invoices,
     ledger,
     payables,

@@ -3,7 +3,7 @@
 | group | may |
 |---|---|
 | Finance | see everything; finalize and void invoices, pay, close months; edit agreements, prices and exchange rates |
-| Operator | see everything but the audit trail; edit tenants, API keys and the catalog |
+| Operator | see everything but the audit trail; edit tenants, API keys, ingestion sources and the catalog |
 | Auditor (read-only) | see everything, change nothing |
 """
 
@@ -36,7 +36,11 @@ _FINANCE_TABLES = {
     ),
 }
 _OPERATOR_TABLES = dict.fromkeys(
-    ("apikey", "contract", "languagemodel", "party", "provider", "servedmodel", "tenant", "upstream"), _EDIT
+    (
+        *("apikey", "contract", "ingestionsource", "languagemodel", "party", "provider", "servedmodel", "tenant"),
+        "upstream",
+    ),
+    _EDIT,
 )
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Finance": _FINANCE_TABLES,

@@ -62,6 +62,7 @@ TASKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
             _list("Rollups", "usagerollup", "metering"),
             _list("Recordings", "recording", "metering"),
             _list("Producers", "producer", "metering"),
+            _list("Sources", "ingestionsource", "metering"),
             _list("Streams", "streampartition", "metering"),
         ],
         [
@@ -74,6 +75,7 @@ TASKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
             "metering.usagerollup",
             "metering.recording",
             "metering.producer",
+            "metering.ingestionsource",
             "metering.streampartition",
         ],
     ),

@@ -12,10 +12,10 @@ from rest_framework.exceptions import NotFound
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
-from billing.api.serializers import Problem
 from billing.selectors.receipts import get_receipt
 from gateway.contract.receipt import ReceiptState
 from metering.api.callers import get_own_tenant_id
+from metering.api.problems import Problem
 
 CALL_ID = OpenApiParameter("call_id", str, OpenApiParameter.PATH, description="the `x-request-id` of the answer")
 

@@ -109,9 +109,3 @@ class UsagePage(serializers.Serializer):
 
     next_offset = serializers.IntegerField(allow_null=True)
     results = UsageRow(many=True)
-
-
-class Problem(serializers.Serializer):
-    """Why a request was refused."""
-
-    detail = serializers.CharField()

@@ -22,7 +22,6 @@ from billing.api.serializers import (
     InvoiceDetail,
     InvoiceQuestion,
     InvoiceSummary,
-    Problem,
     UsagePage,
     UsageQuestion,
 )
@@ -31,6 +30,7 @@ from billing.core.periods import Month
 from billing.models import Invoice, Tenant
 from billing.selectors.usage_report import list_usage
 from metering.api.callers import get_own_tenant_id
+from metering.api.problems import Problem
 
 REFUSALS = {401: Problem, 403: Problem}
 BAD_QUESTION = OpenApiResponse(OpenApiTypes.OBJECT, description="a list of problems for each parameter")

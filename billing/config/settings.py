@@ -137,13 +137,20 @@ REST_FRAMEWORK = {
         "billing.api.authentication.StaffSessionAuthentication",
     ],
     "DEFAULT_PERMISSION_CLASSES": ["billing.api.authentication.MayReadBills"],
+    "DEFAULT_THROTTLE_CLASSES": ["metering.api.throttles.CredentialThrottle"],
+    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "EXCEPTION_HANDLER": "metering.api.problems.handle_exception",
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "COERCE_DECIMAL_TO_STRING": True,
 }
+# Requests of one credential to one web process, as REST framework writes rates.
+API_RATE = env.str("TOLLBOOK_API_RATE", default="20/second")
+INGESTION_RATE = env.str("TOLLBOOK_INGESTION_RATE", default="100/second")
 SPECTACULAR_SETTINGS = {
     "TITLE": "Tollbook",
     "DESCRIPTION": "Invoices and usage. A tenant calls with one of its API keys and sees what is its own.",
     "VERSION": "1",
+    "OAS_VERSION": "3.1.0",
     "SERVE_INCLUDE_SCHEMA": False,
     "SCHEMA_PATH_PREFIX": "/api/v1",
     # The pages come from the installed package: no other host is ever asked.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from django.urls import URLPattern
+from django.urls import URLPattern, path
 
-urlpatterns: list[URLPattern] = []
+from metering.api.usage_events import UsageEventsView
+
+urlpatterns: list[URLPattern] = [
+    path("usage-events", UsageEventsView.as_view(), name="api_usage_events"),
+]

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -34,10 +34,11 @@ from billing.models import (
 )
 from billing.services.catalog import publish_catalog
 from gateway.contract.token_kind import Outcome
-from metering.catalog import clear_catalog_cache, load_catalog
+from metering.catalog import clear_catalog_cache
 from metering.event_partitions import clear_known_days
-from metering.ingestion import CatalogNames, IngestionState, UsageRecord, record_sourced_events
+from metering.ingestion import IngestionState, record_sourced_events
 from metering.models import Recording, UsageRollup
+from metering.sourced_events import CallFields, build_sourced_event, load_catalog_names
 
 LONG_AGO = date(2026, 1, 1)
 
@@ -179,25 +180,15 @@ def record_calls(
 ) -> None:
     """Record `calls` equal calls by metering itself: raw events and rollups, in one transaction."""
     publish_catalog()
-    names = CatalogNames(load_catalog())
+    names = load_catalog_names()
     served_model = Upstream.objects.get(slug=upstream).served_model.name
-    first = next(_ids)
-    records = (
-        UsageRecord(
-            id=f"{first}-{number}",
-            tenant=tenant,
-            served_model=served_model,
-            upstream=upstream,
-            occurred_at=at,
-            outcome=Outcome(outcome),
-            **tokens,
-        )
-        for number in range(calls)
-    )
-    now_us = int(datetime.now(UTC).timestamp() * 1_000_000)
-    events = [names.build_event(record, now_us=now_us, default_source=source) for record in records]
-    states = record_sourced_events(events, kind=Recording.Kind.IMPORT)
-    assert set(states) == {IngestionState.RECORDED}
+    call = CallFields(tenant=tenant, served_model=served_model, upstream=upstream, outcome=Outcome(outcome), **tokens)
+    ids, first = names.find_ids(call), next(_ids)
+    events = [
+        build_sourced_event(source, f"{first}-{number}", occurred_at=at, call=call, ids=ids) for number in range(calls)
+    ]
+    results = record_sourced_events(events, kind=Recording.Kind.IMPORT)
+    assert {result.state for result in results} == {IngestionState.RECORDED}
 
 
 _ids = itertools.count(1)

@@ -65,7 +65,10 @@ def test_groups_may_write_what_is_theirs(db):
     assert list_writes("Operator") == sorted(
         f"{verb}_{table}"
         for verb in ("add", "change")
-        for table in ["apikey", "contract", "languagemodel", "party", "provider", "servedmodel", "tenant", "upstream"]
+        for table in [
+            *("apikey", "contract", "ingestionsource", "languagemodel", "party", "provider", "servedmodel", "tenant"),
+            "upstream",
+        ]
     )
 
 

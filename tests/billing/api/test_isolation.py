@@ -12,10 +12,15 @@ from billing.api.authentication import (
 )
 from billing.models import Invoice
 from metering.api.callers import get_own_tenant_id
+from metering.api.source_authentication import MaySendUsage, SourceTokenAuthentication
+from metering.ingestion_sources import create_ingestion_source
 from metering.models import UsageEvent
+from tests.billing.api.conftest import TenantClient
 
 # Not about tenants: what the API looks like.
 PUBLIC = {"api_schema", "api_docs"}
+# Called by ingestion sources with their tokens, which open nothing else.
+BY_SOURCES = {"api_usage_events"}
 
 
 def get_number(tenant):
@@ -57,12 +62,20 @@ def check_receipt(own, other):
     assert other.get(url).status_code == 404
 
 
+def check_usage_events(own, other):
+    """Tenants do not send: sources do, and each for its own tenants (`tests/metering/test_cloud_events.py`)."""
+    for client in (own, other):
+        response = client.post(reverse("api_usage_events"), "[]", content_type="application/cloudevents-batch+json")
+        assert response.status_code == 401
+
+
 ISOLATION = {
     "api_invoices": check_invoice_list,
     "api_invoice": check_invoice,
     "api_invoice_document": check_invoice_document,
     "api_usage": check_usage,
     "api_receipt": check_receipt,
+    "api_usage_events": check_usage_events,
 }
 
 
@@ -86,6 +99,10 @@ def test_every_route_is_authenticated_and_limited():
     for path, name, view in list_api_routes():
         if name not in PUBLIC:
             assert path.startswith("api/v1/"), path
+            if name in BY_SOURCES:
+                assert view.cls.authentication_classes == (SourceTokenAuthentication,), path
+                assert view.cls.permission_classes == (MaySendUsage,), path
+                continue
             assert list(view.cls.authentication_classes) == [ApiKeyAuthentication, StaffSessionAuthentication], path
             assert list(view.cls.permission_classes) == [MayReadBills], path
 
@@ -93,6 +110,15 @@ def test_every_route_is_authenticated_and_limited():
 @pytest.mark.parametrize("name", ISOLATION)
 def test_tenant_sees_its_own_only(acme, globex, name):
     ISOLATION[name](acme, globex)
+
+
+@pytest.mark.parametrize("name", sorted(set(ISOLATION) - BY_SOURCES))
+def test_token_of_a_source_opens_nothing_else(house, name):
+    token = create_ingestion_source("cluster-1", "urn:cluster-1")[1]
+    arguments = {"number": "TB-2026-000001", "extension": "pdf", "call_id": "018bcfe5-6800-7000-8000-000000000000"}
+    wanted = get_resolver().reverse_dict.getlist(name)[0][0][0][1]
+    url = reverse(name, kwargs={one: arguments[one] for one in wanted})
+    assert TenantClient(token).get(url).status_code == 401
 
 
 def test_limit_is_the_tenant_of_the_key(acme, rf):

@@ -16,7 +16,9 @@ def test_schema_is_valid_and_complete(client, db, recwarn):
         "/api/v1/invoices/{number}/{extension}": {"get"},
         "/api/v1/usage": {"get"},
         "/api/v1/usage-events/{call_id}": {"get"},
+        "/api/v1/usage-events": {"post"},
     }
+    assert schema["paths"].pop("/api/v1/usage-events")["post"]["security"] == [{"sourceToken": []}]
     for item in schema["paths"].values():
         assert item["get"]["security"] == [{"apiKey": []}, {"staffSession": []}]
     parameters = {one["name"] for one in schema["paths"]["/api/v1/usage"]["get"]["parameters"]}
