@@ -25,6 +25,7 @@ from gateway.errors import SERVER, GatewayError, RedisUnavailableError, SpoolFul
 from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
 from gateway.exchange import Exchange
 from gateway.providers.base import CallRequest
+from gateway.receipts import Receipts
 from gateway.redis_connection import RedisConnection
 from gateway.routing import CircuitBreakers
 from gateway.settings import Settings
@@ -49,6 +50,8 @@ ENDPOINTS = {
 DIALECT_PATHS = {f"/v1/{name}": dialect for name, dialect in DIALECTS.items()}
 MODELS_PATH = "/v1/models"
 USAGE_PATH = "/v1/usage"
+# A key that is restricted to some endpoints reads receipts only where this is one of them, as at the web process.
+BILLING_ENDPOINT = "billing"
 
 
 class CannotStartError(RuntimeError):
@@ -79,6 +82,7 @@ class GatewayApp:
         self._background: list[asyncio.Task[None]] = []
         self._routes = self._build_routes()
         self._model_route = Route("GET", self._serve_model)
+        self._receipt_route = Route("GET", self._serve_receipt)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Start and stop, as uvicorn asks by ASGI's lifespan protocol; requests come to `serve`."""
@@ -149,6 +153,7 @@ class GatewayApp:
             settings=settings,
         )
         self._idempotency = idempotency.Idempotency(self._redis, settings, self._telemetry)
+        self._receipts = Receipts(self._redis, self._parts.pool, web_url=settings.web_url)
         self._snapshots = SnapshotReader(
             self._redis,
             RedisConnection(settings.redis_url, timeout_s=timeout_s),
@@ -256,6 +261,8 @@ class GatewayApp:
         route = self._routes.get(path)
         if route is None and path.startswith(f"{MODELS_PATH}/"):
             return self._model_route
+        if route is None and path.startswith(f"{USAGE_PATH}/"):
+            return self._receipt_route
         return route
 
     async def _serve_call(self, exchange: Exchange) -> None:
@@ -317,6 +324,17 @@ class GatewayApp:
         except RedisUnavailableError:
             raise build_metering_unavailable() from None
         await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(report))
+
+    async def _serve_receipt(self, exchange: Exchange) -> None:
+        check_scope(exchange.caller, endpoint=BILLING_ENDPOINT)
+        receipt = await self._receipts.get(
+            exchange.path[len(USAGE_PATH) + 1 :],
+            caller=exchange.caller,
+            catalog=exchange.catalog,
+            authorization=exchange.headers[b"authorization"],
+            now_ms=exchange.occurred_at_us // 1000,
+        )
+        await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(receipt))
 
     async def _serve_health(self, exchange: Exchange) -> None:
         await exchange.send_whole(200, [JSON_TYPE], b'{"status":"ok"}')

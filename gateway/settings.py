@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 PEPPER_LENGTH_MIN = 16
 
@@ -27,6 +28,7 @@ class Settings:
     port: int = 8080
     workers: int = 1
     sandbox_url: str = ""
+    web_url: str = ""
     lease_s: int = 30
     drain_s: int = 30
     spool_bytes_max: int = 256 * 1024 * 1024
@@ -99,6 +101,11 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
             problems.append(f"{variable} must be a whole number from {minimum} to {maximum}, not {text!r}")
             continue
         values[field] = int(text)
+    web_url = environ.get("TOLLBOOK_WEB_URL", "").rstrip("/")
+    if web_url and not _is_origin(web_url):
+        problems.append(
+            "TOLLBOOK_WEB_URL must be where the web process listens, e.g. http://127.0.0.1:8000, without a path"
+        )
     if problems:
         raise SettingsError("\n".join(problems))
     settings = Settings(
@@ -107,10 +114,19 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         data_dir=Path(environ.get("TOLLBOOK_DATA_DIR", "") or ".tollbook"),
         host=environ.get("TOLLBOOK_GATEWAY_HOST", "") or "127.0.0.1",
         sandbox_url=environ.get("TOLLBOOK_SANDBOX_URL", ""),
+        web_url=web_url,
         **values,
     )
     _require_writable_folders(settings)
     return settings
+
+
+def _is_origin(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.path
+    except ValueError:
+        return False
 
 
 def _require_writable_folders(settings: Settings) -> None:

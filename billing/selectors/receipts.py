@@ -42,6 +42,7 @@ def get_receipt(call_id: uuid.UUID, *, tenant_id: int | None = None) -> Receipt 
 def _build_recorded(event: UsageEvent) -> Receipt:
     detail = event.detail or {}
     attempts = [Attempt(**attempt) for attempt in detail.get("attempts", ())]
+    is_known = event.usage_source != UsageSource.ESTIMATED
     return Receipt(
         call_id=str(event.call_id),
         state=ReceiptState.RECORDED,
@@ -57,8 +58,10 @@ def _build_recorded(event: UsageEvent) -> Receipt:
             cache_write=event.cache_write_tokens,
             output=event.output_tokens,
             reasoning=event.reasoning_tokens,
-        ),
-        cost=_rate(event),
+        )
+        if is_known
+        else None,
+        cost=_rate(event) if is_known else None,
         attempts=_list_attempts(attempts, event.upstream_id, event.outcome),
         finish_reason=event.finish_reason or None,
         provider_request_id=event.provider_request_id or None,
@@ -92,9 +95,7 @@ def _build_held(held: QuarantinedEvent) -> Receipt:
 
 
 def _rate(event: UsageEvent) -> ReceiptCost | None:
-    """Return the call at the tenant's price of its day; None where there is no price, or nobody knows the usage."""
-    if event.usage_source == UsageSource.ESTIMATED:
-        return None
+    """Return the call at the tenant's price of its day; None where there is none."""
     currency = Tenant.objects.values_list("currency", flat=True).get(pk=event.tenant_id)
     if event.outcome not in BILLABLE_OUTCOMES:
         return ReceiptCost(basis=RATED, currency=currency, amount="0")

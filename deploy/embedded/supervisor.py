@@ -263,6 +263,7 @@ class Supervisor:
             "TOLLBOOK_GATEWAY_WORKERS": os.environ.get("TOLLBOOK_GATEWAY_WORKERS") or "2",
             "TOLLBOOK_GATEWAY_DRAIN_S": os.environ.get("TOLLBOOK_GATEWAY_DRAIN_S") or "10",
             "TOLLBOOK_WEB_PORT": str(ports["web"]),
+            "TOLLBOOK_WEB_URL": addresses["web"],
             "TOLLBOOK_SANDBOX_PORT": str(ports["sandbox"]),
             "TOLLBOOK_SANDBOX_URL": addresses["sandbox"],
             "TOLLBOOK_ALLOWED_HOSTS": os.environ.get("TOLLBOOK_ALLOWED_HOSTS") or f"{HOST},localhost",
