@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ from gateway.errors import (
     SpoolFullError,
     build_metering_unavailable,
 )
-from gateway.event_log import EventLog
-from gateway.redis_connection import RedisConnection, Script
+from gateway.event_log import HEADS_MAX, EventLog
+from gateway.redis_connection import RedisConnection, Script, build_command_head, pack_arguments
 from gateway.settings import Settings
 from gateway.snapshot_reader import LIMIT_MAX, Caller
 from gateway.spool import SpooledIntent
@@ -72,26 +73,11 @@ class Admission:
             raise GatewayError(400, "call_too_expensive", "The most that this call can cost is too large.")
         await self._reserve(call)
         hold = build_hold(call, upstream, self._event_log.producer)
-        keys = caller.keys
+        command = _build_admit_head(caller, get_month(call.occurred_at_us)) + pack_arguments(
+            call.call_id, hold, self._lease_ms, call.estimate_nano, call.estimate_tokens
+        )
         try:
-            reply = await self._redis.call_script(
-                ADMIT,
-                (
-                    keys.holds,
-                    keys.leases,
-                    *caller.scope_keys,
-                    *keys.get_month_keys(
-                        caller.tenant.tenant_id, caller.api_key.api_key_id, get_month(call.occurred_at_us)
-                    ),
-                    *caller.rate_keys,
-                ),
-                call.call_id,
-                hold,
-                self._lease_ms,
-                call.estimate_nano,
-                call.estimate_tokens,
-                *caller.limit_arguments,
-            )
+            reply = await self._redis.call_packed(command)
         except (RedisUnavailableError, RedisReplyError) as error:
             await self._admit_without_redis(call, hold, error)
             return ()
@@ -174,6 +160,19 @@ class Admission:
     def _on_cancelled(self, call_id: str, reply: Any) -> None:
         if not isinstance(reply, Exception):
             self._to_cancel.pop(call_id, None)
+
+
+@functools.lru_cache(HEADS_MAX)
+def _build_admit_head(caller: Caller, month: str) -> bytes:
+    keys = caller.keys
+    months = keys.get_month_keys(caller.tenant.tenant_id, caller.api_key.api_key_id, month)
+    return build_command_head(
+        ADMIT,
+        (keys.holds, keys.leases, *caller.scope_keys, *months, *caller.rate_keys),
+        *caller.limit_arguments,
+        keys_more=0,
+        more=5,
+    )
 
 
 def build_rate_limit_headers(caller: Caller, used: list[int]) -> Headers:

@@ -7,7 +7,6 @@ answer may be gets `max_tokens` (README, "Caps"). Other calls, and all other mem
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -83,7 +82,7 @@ async def _cap(call: Call, names: tuple[str, ...], *, asked: int | None, bound: 
             bound = await _fit_into_window(call, bound)
         caps = {names[0]: bound}
     if caps:
-        call.request = replace(
+        call.request = msgspec.structs.replace(
             call.request,
             body=_append_members(call.request.body, caps),
             json={**call.request.json, **caps},

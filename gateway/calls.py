@@ -8,7 +8,7 @@ import time
 import msgspec
 
 from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord, UpstreamRecord
-from gateway.contract.token_kind import Outcome, TokenKind, UsageSource, split_token_kinds
+from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, to_wire
 from gateway.event_log import Settlement
 from gateway.providers.base import CallRequest, ReportedUsage, StreamMeter
@@ -99,20 +99,18 @@ NOTHING_USED = ReportedUsage(0, 0)
 
 
 def compute_cost_nano(price: PriceRecord, usage: ReportedUsage) -> int:
-    """Return the cost of `usage` in nano-currency, half up to a whole one; for counters and headers, not invoices."""
-    quantities = split_token_kinds(
-        input_tokens=usage.input_tokens,
-        cached_input_tokens=usage.cached_input_tokens,
-        cache_write_tokens=usage.cache_write_tokens,
-        output_tokens=usage.output_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
-    )
+    """Return the cost of `usage` in nano-currency, half up to a whole one; for counters and headers, not invoices.
+
+    The counts are believable: no part exceeds its whole (`token_usage.py`).
+    """
+    plain_input = usage.input_tokens - usage.cached_input_tokens - usage.cache_write_tokens
+    plain_output = usage.output_tokens - usage.reasoning_tokens
     total = (
-        quantities[TokenKind.INPUT] * price.input_nano_per_mtok
-        + quantities[TokenKind.CACHED_INPUT] * price.cached_input_nano_per_mtok
-        + quantities[TokenKind.CACHE_WRITE] * price.cache_write_nano_per_mtok
-        + quantities[TokenKind.OUTPUT] * price.output_nano_per_mtok
-        + quantities[TokenKind.REASONING] * price.reasoning_nano_per_mtok
+        plain_input * price.input_nano_per_mtok
+        + usage.cached_input_tokens * price.cached_input_nano_per_mtok
+        + usage.cache_write_tokens * price.cache_write_nano_per_mtok
+        + plain_output * price.output_nano_per_mtok
+        + usage.reasoning_tokens * price.reasoning_nano_per_mtok
     )
     return (total + TOKENS_PER_PRICE_UNIT // 2) // TOKENS_PER_PRICE_UNIT
 

@@ -9,6 +9,7 @@ before anything newer. `gateway/README.md` has the protocol and why nothing is l
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from typing import Any
 import msgspec
 
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
-from gateway.redis_connection import Argument, RedisConnection, Script
+from gateway.redis_connection import RedisConnection, Script, build_command_head, pack_arguments
 from gateway.snapshot_reader import PartitionKeys, build_partition_keys
 from gateway.spool import Spool, SpooledIntent, SpooledSettle, SpoolRecord
 from gateway.spool_room import SpoolRoom
@@ -36,6 +37,8 @@ RESEND_DELAY_S = 0.05
 REPLAY_BATCH = 256
 REPLAY_RETRY_S = 0.5
 CLOSE_WAIT_S = 5.0
+# Callers whose packed commands are remembered.
+HEADS_MAX = 4_096
 
 
 class Settlement(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,7 +184,7 @@ class EventLog:
         settlement = pending.settlement
         partition = settlement.keys.partition
         self._sent += 1
-        self._redis.send(
+        self._redis.send_packed(
             build_settle_command(
                 settlement,
                 producer=self.producer,
@@ -345,7 +348,7 @@ async def replay_records(
             floor=floor,
             event=record.event,
         )
-        futures.append(redis.call(*command))
+        futures.append(redis.call_packed(command))
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
@@ -355,26 +358,12 @@ async def replay_records(
             floors[record.producer, record.partition] = record.seq + 1
 
 
-def build_settle_command(
-    settlement: Settlement, *, producer: str, seq: int, floor: int, event: bytes
-) -> tuple[Argument, ...]:
-    """Return the EVALSHA of `settle.lua`."""
+def build_settle_command(settlement: Settlement, *, producer: str, seq: int, floor: int, event: bytes) -> bytes:
+    """Return the EVALSHA of `settle.lua`, packed."""
     keys = settlement.keys
-    owner = (settlement.tenant_id, settlement.api_key_id)
     model_id = settlement.billed_model_id
-    return (
-        b"EVALSHA",
-        SETTLE.sha,
-        12,
-        keys.stream,
-        keys.seq,
-        keys.holds,
-        keys.leases,
-        keys.progress,
+    return _build_settle_head(keys, settlement.tenant_id, settlement.api_key_id, settlement.month) + pack_arguments(
         keys.get_ended_key(settlement.call_id),
-        *keys.get_scope_keys(*owner),
-        *keys.get_month_keys(*owner, settlement.month),
-        *keys.get_rate_keys(*owner),
         settlement.mode,
         producer,
         seq,
@@ -388,6 +377,25 @@ def build_settle_command(
         settlement.output_tokens,
         b"" if settlement.rate_second is None else settlement.rate_second,
         settlement.tokens_difference,
+    )
+
+
+@functools.lru_cache(HEADS_MAX)
+def _build_settle_head(keys: PartitionKeys, tenant_id: int, api_key_id: int, month: str) -> bytes:
+    return build_command_head(
+        SETTLE,
+        (
+            keys.stream,
+            keys.seq,
+            keys.holds,
+            keys.leases,
+            keys.progress,
+            *keys.get_scope_keys(tenant_id, api_key_id),
+            *keys.get_month_keys(tenant_id, api_key_id, month),
+            *keys.get_rate_keys(tenant_id, api_key_id),
+        ),
+        keys_more=1,
+        more=14,
     )
 
 

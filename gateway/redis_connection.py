@@ -11,7 +11,7 @@ import hashlib
 import logging
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,7 +107,20 @@ class RedisConnection(asyncio.Protocol):
         if not self.is_up:
             on_reply(RedisUnavailableError("not connected to the Redis-protocol server"))
             return
+        self._queue(hiredis.pack_command(command), on_reply)  # type: ignore[arg-type]
+
+    def send_packed(self, command: bytes, on_reply: OnReply) -> None:
+        """As `send`, for a command that `build_command_head` and `pack_arguments` have made."""
+        if not self.is_up:
+            on_reply(RedisUnavailableError("not connected to the Redis-protocol server"))
+            return
         self._queue(command, on_reply)
+
+    def call_packed(self, command: bytes) -> asyncio.Future[Any]:
+        """As `call`, for a packed command."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self.send_packed(command, partial(_resolve, future))
+        return future
 
     def call(self, *command: Argument) -> asyncio.Future[Any]:
         """Return a future of the reply to `command`; it raises RedisReplyError or RedisUnavailableError."""
@@ -124,12 +137,12 @@ class RedisConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _queue(self, command: tuple[Argument, ...], on_reply: OnReply) -> None:
+    def _queue(self, command: bytes, on_reply: OnReply) -> None:
         if not self._outgoing:
             self._loop.call_soon(self._flush)
         if not self._waiting:
             self._progress_at = self._loop.time()
-        self._outgoing.append(hiredis.pack_command(command))  # type: ignore[arg-type]
+        self._outgoing.append(command)
         self._waiting.append(on_reply)
 
     def _flush(self) -> None:
@@ -173,7 +186,7 @@ class RedisConnection(asyncio.Protocol):
         futures = []
         for command in handshake:
             future: asyncio.Future[Any] = self._loop.create_future()
-            self._queue(command, partial(_resolve, future))
+            self._queue(hiredis.pack_command(command), partial(_resolve, future))  # type: ignore[arg-type]
             futures.append(future)
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         for outcome in outcomes:
@@ -235,6 +248,21 @@ class RedisConnection(asyncio.Protocol):
         except hiredis.ProtocolError:
             log.exception("malformed reply from the Redis-protocol server")
             self.break_connection()
+
+
+def build_command_head(script: Script, keys: Sequence[str], *arguments: Argument, keys_more: int, more: int) -> bytes:
+    """Return the bytes of an EVALSHA up to where `more` arguments follow, of which the first `keys_more` are keys.
+
+    Most of a script's call is the same each time: who calls and what the limits are. It is packed once.
+    """
+    parts = (b"EVALSHA", script.sha, len(keys) + keys_more, *keys, *arguments)
+    return b"*%d\r\n" % (len(parts) + more) + pack_arguments(*parts)
+
+
+def pack_arguments(*arguments: Argument) -> bytes:
+    """Return the bytes of some of a command's arguments."""
+    packed: bytes = hiredis.pack_command(arguments)  # type: ignore[arg-type]
+    return packed[packed.index(b"\n") + 1 :]
 
 
 def _resolve(future: asyncio.Future[Any], reply: Any) -> None:

@@ -45,9 +45,9 @@ SANDBOX_KIND = "sandbox"
 LIMIT_MAX = 2**53 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PartitionKeys:
-    """Names of the keys of a partition, all on one slot of a cluster."""
+    """Names of the keys of a partition, all on one slot of a cluster. Compared by identity: it is a key of caches."""
 
     partition: int
     stream: str
@@ -90,9 +90,11 @@ def build_partition_keys(partition: int) -> PartitionKeys:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Caller:
     """Who calls: an API key and its tenant, with what admission needs of them, made once per snapshot.
+
+    Compared by identity: it is a key of caches.
 
     `limits_tokens`: money or tokens are limited, so no call may use more than its hold.
     """

@@ -14,8 +14,9 @@ The rules, with a public case of each (design/gateway, "Rules about what is bill
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from gateway.contract.token_kind import UsageSource
 from gateway.contract.usage_event import TOKENS_MAX
@@ -95,7 +96,7 @@ def get_choices_count(call: CallRequest | None) -> int:
 
 def mark_source(usage: ReportedUsage, source: UsageSource) -> ReportedUsage:
     """Return the same counts with another source."""
-    return usage if usage.source is source else replace(usage, source=source)
+    return usage if usage.source is source else msgspec.structs.replace(usage, source=source)
 
 
 def _zero_if_none(value: Any) -> Any:

@@ -12,6 +12,8 @@ from enum import StrEnum
 class TokenKind(StrEnum):
     """A disjoint, separately priced kind of token."""
 
+    __hash__ = str.__hash__  # Enum's own runs in Python and hashes the name
+
     INPUT = "input"
     CACHED_INPUT = "cached_input"
     CACHE_WRITE = "cache_write"
@@ -22,6 +24,8 @@ class TokenKind(StrEnum):
 class Outcome(StrEnum):
     """How a call ended. Only UPSTREAM_ERROR bills nothing."""
 
+    __hash__ = str.__hash__
+
     COMPLETED = "completed"
     CLIENT_ABORTED = "client_aborted"
     UPSTREAM_ERROR = "upstream_error"
@@ -30,6 +34,8 @@ class Outcome(StrEnum):
 
 class UsageSource(StrEnum):
     """Where the counts of an event come from, best first; NONE goes with UPSTREAM_ERROR only."""
+
+    __hash__ = str.__hash__
 
     PROVIDER_FINAL = "provider_final"
     PROVIDER_PARTIAL = "provider_partial"

@@ -7,8 +7,9 @@ The relay never looks into a provider's payload and a provider never does I/O.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import UsageSource
@@ -37,8 +38,7 @@ class UnsupportedCallError(ProviderError):
     code = "unsupported_call"
 
 
-@dataclass(frozen=True, slots=True)
-class CallRequest:
+class CallRequest(msgspec.Struct, frozen=True):
     """A tenant's call. `headers` are already filtered: only what may be forwarded.
 
     `has_gateway_cap`: the bound of the output is ours, the client named none; it is in `body` and `json`.
@@ -59,8 +59,7 @@ class CallRequest:
         return isinstance(options, dict) and options.get("continuous_usage_stats") is True
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamRequest:
+class UpstreamRequest(msgspec.Struct, frozen=True):
     """What goes over the wire. `path` includes the path of the base URL and the query.
 
     `headers` are without host, content-length and connection: the HTTP connection adds those.
@@ -72,8 +71,7 @@ class UpstreamRequest:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedUsage:
+class ReportedUsage(msgspec.Struct, frozen=True):
     """Believable usage, in tokens and inclusive.
 
     Input includes cached input and cache writes, output includes reasoning.
@@ -87,8 +85,7 @@ class ReportedUsage:
     source: UsageSource = UsageSource.PROVIDER_FINAL
 
 
-@dataclass(frozen=True, slots=True)
-class EmittedChoice:
+class EmittedChoice(msgspec.Struct, frozen=True):
     """The text of one choice. `tool_calls` are (function name, arguments as JSON text)."""
 
     content: str = ""
@@ -97,8 +94,7 @@ class EmittedChoice:
     finish_reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class EmittedText:
+class EmittedText(msgspec.Struct, frozen=True):
     """What an answer said, for our own count. `is_truncated`: too long to be kept, so it is not countable."""
 
     choices: tuple[EmittedChoice, ...] = ()
@@ -110,8 +106,7 @@ class EmittedText:
         return not any(choice.content or choice.reasoning or choice.tool_calls for choice in self.choices)
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamFailure:
+class UpstreamFailure(msgspec.Struct, frozen=True):
     """A failed attempt as the tenant may see it: no secret and no address of the upstream is in `message`.
 
     `is_retryable`: another upstream may be tried, as long as no byte has gone to the client.
@@ -125,8 +120,7 @@ class UpstreamFailure:
     retry_after_s: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CallResult:
+class CallResult(msgspec.Struct, frozen=True):
     """What a finished (or cut) answer says.
 
     `usage` None: nothing believable was reported, so count or quarantine. `finish_reason` "" when not seen.

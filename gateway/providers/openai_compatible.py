@@ -6,6 +6,7 @@ Other kinds of the same shape derive from it and change one thing each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -75,8 +76,6 @@ class OpenAICompatible:
             failure = build_invalid_answer(f"The provider's answer is not one of {call.endpoint}.")
         if failure is not None:
             return build_failed_result(failure, headers)
-        transcript = Transcript()
-        transcript.add_chunk(answer)
         choices = answer.get("choices")
         choices = choices if isinstance(choices, list) else []
         identity = answer.get("id")
@@ -91,7 +90,7 @@ class OpenAICompatible:
             provider_request_id=identity if isinstance(identity, str) else headers.get("x-request-id", ""),
             error=None,
             is_complete=True,
-            emitted=transcript.build_emitted,
+            emitted=functools.partial(_build_emitted, answer),
         )
 
     def read_usage(
@@ -101,11 +100,8 @@ class OpenAICompatible:
         usage = read_openai_usage(
             answer.get("usage"), context_tokens_max=context_tokens_max, choices_count=choices_count
         )
-        if usage is not None and usage.output_tokens == 0 and choices:
-            transcript = Transcript()
-            transcript.add_chunk(answer)
-            if not transcript.build_emitted().is_empty:
-                return None
+        if usage is not None and usage.output_tokens == 0 and choices and not _build_emitted(answer).is_empty:
+            return None
         return usage
 
     def open_stream(
@@ -124,6 +120,7 @@ class OpenAICompatible:
         return classify_answer(status, headers, body)
 
 
+@functools.lru_cache(1_024)
 def join_path(base_url: str, path: str) -> str:
     """Return path and query of an endpoint below a base URL, whose own query stays.
 
@@ -171,6 +168,12 @@ def build_failed_result(failure: UpstreamFailure, headers: Mapping[str, str]) ->
 def _has_answer(answer: dict[str, Any], endpoint: str) -> bool:
     """Return whether an answer has the member that holds it: without one there is nothing to bill."""
     return isinstance(answer.get("data" if endpoint == "embeddings" else "choices"), list)
+
+
+def _build_emitted(answer: dict[str, Any]) -> EmittedText:
+    transcript = Transcript()
+    transcript.add_chunk(answer)
+    return transcript.build_emitted()
 
 
 def _read_finish_reason(choices: list[Any]) -> str:

@@ -1,7 +1,7 @@
 -- Settle: the event (or the filler in its place), the hold and the counters, in one step, once.
 --
 -- KEYS 1 usage stream   2 last applied seq by producer   3 holds   4 leases   5 progress
---      6 marker of an ended call   7,8 scope of tenant, key   9,10 month of tenant, key   11,12 rate of tenant, key
+--      6,7 scope of tenant, key   8,9 month of tenant, key   10,11 rate of tenant, key   12 marker of an ended call
 -- ARGV 1 'settle' or 'sweep'   2 producer   3 seq   4 floor: lowest seq not yet acknowledged to the producer
 --      5 call id   6 event   7 '1': leave a marker that the call was settled
 --      8 cost, nano-currency   9 served model id, '' when not billed   10 input tokens   11 output tokens
@@ -29,7 +29,7 @@ end
 local hold = redis.call('HGET', KEYS[3], call_id)
 local superseded
 if ARGV[1] == 'settle' then
-  superseded = redis.call('GET', KEYS[6]) == 'swept'
+  superseded = redis.call('GET', KEYS[12]) == 'swept'
 else
   local lease = redis.call('ZSCORE', KEYS[4], call_id)
   local clock = redis.call('TIME')
@@ -54,33 +54,33 @@ if hold then
   redis.call('HDEL', KEYS[3], call_id)
   redis.call('ZREM', KEYS[4], call_id)
   redis.call('HDEL', KEYS[5], call_id)
-  for scope = 7, 8 do
+  for scope = 6, 7 do
     redis.call('HINCRBY', KEYS[scope], 'running', -1)
     redis.call('HINCRBY', KEYS[scope], 'held', released)
   end
 end
 if ARGV[1] == 'sweep' then
-  redis.call('SET', KEYS[6], 'swept', 'EX', MARKER_TTL_S)
+  redis.call('SET', KEYS[12], 'swept', 'EX', MARKER_TTL_S)
 elseif ARGV[7] == '1' then
-  redis.call('SET', KEYS[6], 'settled', 'EX', MARKER_TTL_S)
+  redis.call('SET', KEYS[12], 'settled', 'EX', MARKER_TTL_S)
 end
 
-for month = 9, 10 do
+for month = 8, 9 do
   if redis.call('HINCRBY', KEYS[month], 'cost', ARGV[8]) == tonumber(ARGV[8]) then
     redis.call('EXPIRE', KEYS[month], MONTH_TTL_S)
   end
 end
 if ARGV[9] ~= '' then
   local model = ARGV[9] .. ':'
-  redis.call('HINCRBY', KEYS[9], model .. 'calls', 1)
-  redis.call('HINCRBY', KEYS[9], model .. 'input', ARGV[10])
-  redis.call('HINCRBY', KEYS[9], model .. 'output', ARGV[11])
-  redis.call('HINCRBY', KEYS[9], model .. 'cost', ARGV[8])
+  redis.call('HINCRBY', KEYS[8], model .. 'calls', 1)
+  redis.call('HINCRBY', KEYS[8], model .. 'input', ARGV[10])
+  redis.call('HINCRBY', KEYS[8], model .. 'output', ARGV[11])
+  redis.call('HINCRBY', KEYS[8], model .. 'cost', ARGV[8])
 end
 
 if ARGV[12] ~= '' then
   local bucket = tonumber(ARGV[12])
-  for rate = 11, 12 do
+  for rate = 10, 11 do
     local second = tonumber(redis.call('HGET', KEYS[rate], 'second'))
     if second and second - bucket < SLOTS then
       redis.call('HINCRBY', KEYS[rate], 't' .. bucket % SLOTS, ARGV[13])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import hiredis
 import msgspec
 import pytest
 import redis
@@ -43,7 +44,7 @@ class Scripts:
             *KEYS.get_rate_keys(*OWNER),
         )
         return self.client.evalsha(
-            ADMIT.sha.decode(), len(keys), *keys, call_id, build_hold(nano), lease_ms, nano, tokens, *limits
+            ADMIT.sha.decode(), len(keys), *keys, *limits, call_id, build_hold(nano), lease_ms, nano, tokens
         )
 
     def settle(self, seq: int, call_id: str, *, floor: int = 1, producer: str = "gw-a", **fields: Any) -> str:
@@ -57,8 +58,9 @@ class Scripts:
             **{"cost_nano": 61, "billed_model_id": 11, "input_tokens": 11, "output_tokens": 25, **fields},
         )
         event = f"event {seq}".encode()
-        command = build_settle_command(settlement, producer=producer, seq=seq, floor=floor, event=event)
-        return self.client.execute_command(*command).decode()
+        packed = hiredis.Reader()
+        packed.feed(build_settle_command(settlement, producer=producer, seq=seq, floor=floor, event=event))
+        return self.client.execute_command(*packed.gets()).decode()
 
     def read_scope(self, index: int = 0) -> dict[str, int]:
         return {

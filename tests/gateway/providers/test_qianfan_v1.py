@@ -1,9 +1,9 @@
 """Kind `qianfan_v1` against a logged stream and a logged answer."""
 
 import json
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from gateway.contract.token_kind import UsageSource
 from gateway.providers import get_provider
