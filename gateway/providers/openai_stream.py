@@ -159,6 +159,9 @@ class OpenAIStreamMeter:
         start = data.rfind(b',"usage":{')
         if start < 0 or not self._is_continuous or self._choices_count != 1 or needs_parsing(data[:start]):
             return None
+        if b"[]" in data:
+            # Perhaps the chunk of the whole call, `"choices":[]`, which is hidden from those who did not ask for it.
+            return None
         try:
             reported = _decode_running_count(data[start + 9 : -3])
         except msgspec.DecodeError:

@@ -95,6 +95,15 @@ def test_continuous_usage_is_stripped_unless_the_client_asked_for_it():
     assert relayed == b"".join(continuous_stream()[:-1])
 
 
+def test_plain_usage_chunk_on_its_own_is_no_running_count():
+    frames = [*continuous_stream()[:-2], usage_chunk(usage(36, 3)), DONE]
+    relayed, result, _ = run(frames, asked=False)
+    assert relayed == b"".join(PLAIN)
+    assert (result.usage, result.usage.source) == (ReportedUsage(36, 3), UsageSource.PROVIDER_FINAL)
+    relayed, _, _ = run(frames, asked=True)
+    assert relayed == b"".join([*PLAIN, frames[-2]])
+
+
 def test_running_count_follows_the_stream():
     meter = open_meter()
     counts = []
