@@ -25,6 +25,7 @@ from gateway.errors import SERVER, GatewayError, RedisUnavailableError, SpoolFul
 from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
 from gateway.exchange import Exchange
 from gateway.providers.base import CallRequest
+from gateway.readiness import RecordingProbe
 from gateway.receipts import Receipts
 from gateway.redis_connection import RedisConnection
 from gateway.routing import CircuitBreakers
@@ -32,7 +33,7 @@ from gateway.settings import Settings
 from gateway.snapshot_reader import Caller, Catalog, Offer, SnapshotReader
 from gateway.spool import open_own_spool
 from gateway.sweeper import LIST_EXPIRED, RENEW, Sweeper
-from gateway.telemetry import Telemetry
+from gateway.telemetry import MODEL, PROVIDER, Telemetry
 from gateway.tokenizer import TokenizerError, load_encoding, run_in_tokenizer_thread
 from gateway.upstream import UpstreamPool
 from gateway.usage_report import build_usage_report
@@ -120,7 +121,7 @@ class GatewayApp:
                 raise exchange.refusal
             await exchange.route.serve(exchange)
         except GatewayError as error:
-            self._telemetry.requests_refused.add(1, (str(error.status), error.code))
+            self._telemetry.error_answers.add(1, (str(error.status), error.code))
             send_error(exchange, error)
 
     # Life
@@ -160,6 +161,7 @@ class GatewayApp:
             age_max_s=settings.snapshot_age_max_s,
             sandbox_url=settings.sandbox_url,
         )
+        self._probe = RecordingProbe(self._redis, get_catalog=lambda: self._snapshots.catalog)
         self._sweeper = Sweeper(
             redis=self._redis,
             event_log=self._event_log,
@@ -175,6 +177,7 @@ class GatewayApp:
                 "check TOLLBOOK_REDIS_URL, or start the server"
             )
         await self._snapshots.start()
+        await self._probe.start()
         await _load_tokenizer()
         self._sweeper.start()
         self._add_gauges()
@@ -189,11 +192,13 @@ class GatewayApp:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self._probe.close()
         await self._sweeper.close()
         await self._event_log.close()
         await self._snapshots.close()
         await self._parts.pool.close()
         await self._redis.close()
+        self._telemetry.publish()
 
     async def _run_lifespan(self, receive: Any, send: Any) -> None:
         await receive()
@@ -210,31 +215,47 @@ class GatewayApp:
 
     async def _publish_metrics(self) -> None:
         while True:
-            try:
-                self._telemetry.publish()
-            except OSError as error:
-                log.error("metrics could not be published: %s", error)
+            self._telemetry.publish()
             await asyncio.sleep(1.0)
 
     def _add_gauges(self) -> None:
         telemetry, event_log, parts = self._telemetry, self._event_log, self._parts
         telemetry.add_gauge("calls_in_flight", "Calls running.", lambda: len(parts.in_flight))
         telemetry.add_gauge("redis_up", "Connected to the Redis-protocol server.", lambda: int(self._redis.is_up))
+        telemetry.add_gauge(
+            "redis_writable", "The Redis-protocol server takes writes.", lambda: int(self._probe.can_write_redis)
+        )
+        telemetry.add_gauge("holds", "Calls in flight of all gateways, -1 if unknown.", lambda: self._probe.holds_count)
+        telemetry.add_gauge(
+            "holds_expired",
+            "Of them, those that nobody renews and the sweeper will record; -1 if unknown.",
+            lambda: self._probe.expired_holds_count,
+        )
         telemetry.add_gauge("events_unsettled", "Events not durable yet.", lambda: event_log.unsettled_count)
         telemetry.add_gauge("spool_bytes", "Bytes in the spool.", lambda: event_log.spool.size_bytes)
+        telemetry.add_gauge(
+            "spool_age_seconds", "Since the first event in the spool; 0 if it is empty.", event_log.get_spool_age_s
+        )
         telemetry.add_gauge("snapshot_age_seconds", "Since the catalog was confirmed.", self._snapshots.get_age_s)
         telemetry.add_gauge(
             "snapshot_version",
             "Version of the catalog in use.",
             lambda: self._snapshots.catalog.version if self._snapshots.catalog else 0,
         )
-        telemetry.add_upstream_gauge(self._read_upstream_health)
+        telemetry.add_labelled_gauge(
+            "upstream_healthy",
+            "1 for an upstream whose circuit is closed, 0 for one that is being left alone.",
+            self._read_upstream_health,
+            label_names=("upstream", PROVIDER, MODEL),
+        )
 
-    def _read_upstream_health(self) -> dict[str, bool]:
+    def _read_upstream_health(self) -> dict[tuple[str, ...], int]:
         catalog = self._snapshots.catalog
         now = asyncio.get_running_loop().time()
         return {
-            str(upstream.upstream_id): not self._parts.breakers.is_open(upstream.upstream_id, now=now)
+            (str(upstream.upstream_id), upstream.provider_slug, offer.model.name): int(
+                not self._parts.breakers.is_open(upstream.upstream_id, now=now)
+            )
             for offer in (catalog.offers.values() if catalog else ())
             for upstream in offer.upstreams
         }
@@ -344,7 +365,7 @@ class GatewayApp:
         has_room = self._event_log.room.has_room
         checks = {
             "catalog": self._snapshots.get_usable() is not None,
-            "redis": self._redis.is_up,
+            "redis": self._redis.is_up and self._probe.can_write_redis,
             "spool": has_room,
         }
         is_spool_fresh = not self._event_log.is_spool_too_old(self._settings.spool_age_max_s)

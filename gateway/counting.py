@@ -1,11 +1,13 @@
 """Which counts are recorded: the provider's where it reported believable ones, else our own, else none, marked.
 
-Our own count is also taken of a sample of the other calls; the difference is a metric and lies on the event.
+Our own count is also taken of a sample of the other calls (the audit): it lies on the event beside the reported
+one, and the difference is a metric by provider and model. A prompt has one rendering, so its count must be equal;
+an answer's may differ by 1 for each choice, for a model may cut the same text into other tokens than we do.
 """
 
 from __future__ import annotations
 
-import random
+import logging
 from dataclasses import dataclass
 
 from gateway.calls import NOTHING_USED, Call, Verdict
@@ -13,6 +15,10 @@ from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.providers.base import CallResult, EmittedText, ReportedUsage
 from gateway.telemetry import Telemetry
 from gateway.tokenizer import TokenizerError, count_input_tokens, count_output_tokens, run_in_tokenizer_thread
+
+log = logging.getLogger("gateway.counting")
+
+OUTPUT_TOLERANCE_PER_CHOICE = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +29,28 @@ class OwnCount:
     output_tokens: int | None
 
 
+NOT_COUNTED = OwnCount(None, None)
+
+
 async def count_call(call: Call, emitted: EmittedText) -> OwnCount:
-    """Return our own count of a call, taken off the event loop."""
+    """Return our own count of a call, taken off the event loop. Never fails: what we cannot count must still end."""
     try:
         return await run_in_tokenizer_thread(_count, call, emitted)
     except TokenizerError:
-        return OwnCount(None, None)
+        return NOT_COUNTED
+    except Exception as error:
+        # E.g. a RecursionError on tools nested a thousand deep. The message may hold the tenant's text.
+        log.error("call %s could not be counted: %s", call.call_id, type(error).__name__)
+        return NOT_COUNTED
+
+
+def is_audited(call_id: str, audit_permille: int) -> bool:
+    """Return whether a call is in the sample: by its random bits, so that it is the same whoever asks.
+
+    >>> is_audited("018bcfe5-6800-7000-8000-00000000051e", 20), is_audited("018bcfe5-6800-7000-8000-00000000051f", 20)
+    (True, False)
+    """
+    return int(call_id[-4:], 16) * 1000 < audit_permille << 16
 
 
 async def judge_usage(
@@ -39,12 +61,15 @@ async def judge_usage(
     What cannot be believed and cannot be counted has no tokens and source `estimated`: metering must not bill it.
     """
     reported = result.usage
-    count = OwnCount(None, None)
-    if reported is None or (audit_permille and random.randrange(1000) < audit_permille):
+    count = NOT_COUNTED
+    if reported is None:
         count = await count_call(call, result.emitted())
+    elif is_audited(call.call_id, audit_permille):
+        emitted = result.emitted()
+        count = await count_call(call, emitted)
+        _compare(call, reported, count, choices_count=len(emitted.choices), telemetry=telemetry)
     if reported is not None:
         usage, source = reported, reported.source
-        _compare(call, reported, count, telemetry)
     elif count.input_tokens is not None and count.output_tokens is not None:
         usage, source = ReportedUsage(count.input_tokens, count.output_tokens), UsageSource.COUNTED
     else:
@@ -69,10 +94,20 @@ def _count(call: Call, emitted: EmittedText) -> OwnCount:
     return OwnCount(input_tokens, output_tokens)
 
 
-def _compare(call: Call, reported: ReportedUsage, count: OwnCount, telemetry: Telemetry) -> None:
-    if count.input_tokens is None or count.output_tokens is None or call.upstream is None:
-        return
+def _compare(call: Call, reported: ReportedUsage, count: OwnCount, *, choices_count: int, telemetry: Telemetry) -> None:
+    """Add the difference between the report and our count to the metrics; what we could not count is left out."""
+    assert call.upstream is not None
     labels = (call.upstream.provider_slug, call.model.name)
-    telemetry.audited.add(1, labels)
-    telemetry.drift.add(abs(reported.input_tokens - count.input_tokens), (*labels, "input"))
-    telemetry.drift.add(abs(reported.output_tokens - count.output_tokens), (*labels, "output"))
+    compared = (
+        ("input", reported.input_tokens, count.input_tokens, 0),
+        ("output", reported.output_tokens, count.output_tokens, choices_count * OUTPUT_TOLERANCE_PER_CHOICE),
+    )
+    if count != NOT_COUNTED:
+        telemetry.audited.add(1, labels)
+    for token_type, reported_tokens, counted_tokens, tolerance in compared:
+        if counted_tokens is None:
+            continue
+        difference = reported_tokens - counted_tokens
+        telemetry.audited_tokens.add(reported_tokens, (*labels, token_type))
+        telemetry.drift.add(abs(difference), (*labels, token_type, "under" if difference < 0 else "over"))
+        telemetry.beyond_tolerance.add(int(abs(difference) > tolerance), (*labels, token_type))

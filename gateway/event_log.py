@@ -142,6 +142,10 @@ class EventLog:
         """Return whether Redis has been away for longer than events may wait here."""
         return self._spool_since is not None and self._loop.time() - self._spool_since > age_max_s
 
+    def get_spool_age_s(self) -> float:
+        """Return the seconds since the first event went to the spool; 0 while it is empty."""
+        return 0.0 if self._spool_since is None else self._loop.time() - self._spool_since
+
     async def close(self) -> None:
         """Make everything durable within a bound, and leave an empty spool behind, or one to be adopted."""
         deadline = self._loop.time() + CLOSE_WAIT_S
@@ -269,6 +273,7 @@ class EventLog:
                         await self._loop.run_in_executor(self._disk, self.spool.append, records)
                 except SpoolFullError as error:
                     log.error("%s", error)
+                    self.room.note_refusal()
                     for pending in batch:
                         pending.is_refused = True
                     for future in [future for _intent, future in intents] + [pending.future for pending in batch]:

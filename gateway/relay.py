@@ -46,7 +46,7 @@ from gateway.providers import get_provider
 from gateway.providers.base import CallResult, EmittedText, Provider, ProviderError, ReportedUsage, UpstreamFailure
 from gateway.routing import CircuitBreakers, list_candidates
 from gateway.settings import Settings
-from gateway.telemetry import Telemetry
+from gateway.telemetry import OPERATIONS, Telemetry
 from gateway.upstream import Origin, UpstreamConnection, UpstreamPool, parse_origin
 
 log = logging.getLogger("gateway.relay")
@@ -124,7 +124,8 @@ class Relay:
             del parts.in_flight[call.call_id]
             parts.admission.release(call)
             self._exchange.set_gone_callback(None)
-            parts.telemetry.call_seconds.observe(time.monotonic() - call.started_at)
+            labels = (OPERATIONS.get(call.endpoint, call.endpoint), call.model.name)
+            parts.telemetry.call_seconds.observe(time.monotonic() - call.started_at, labels)
 
     async def _forward(self, candidates: list[UpstreamRecord]) -> None:
         """Try the candidates until one answers; whatever happens, the call is settled when this returns."""
@@ -167,7 +168,9 @@ class Relay:
         call = self._call
         provider = _find_provider(upstream)
         connection = await self._open(upstream, provider)
-        self._parts.telemetry.first_byte_seconds.observe(time.monotonic() - call.started_at)
+        self._parts.telemetry.first_byte_seconds.observe(
+            time.monotonic() - call.started_at, (str(upstream.upstream_id),)
+        )
         try:
             if connection.status != 200:
                 body = await connection.read_body(bytes_max=ERROR_BYTES_MAX)

@@ -65,6 +65,10 @@ class SpoolRoom:
         """Give back what was set aside: the call has ended."""
         self.reserved_bytes -= count
 
+    def note_refusal(self) -> None:
+        """Believe that there is no room until `watch` finds some: the disk has just refused a write."""
+        self._is_refused = True
+
     async def watch(self) -> None:
         """Ask a disk that refused again, for ever: /readyz tells the load balancer to send no calls meanwhile."""
         while True:

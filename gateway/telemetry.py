@@ -1,23 +1,35 @@
-"""Counters of a gateway process in the Prometheus text format.
+"""Metrics of the gateway in the Prometheus text format. A metric is not a meter: bills come from usage events only.
 
-Workers share one port, so a scrape reaches any of them: each leaves its samples in a file once a second, and
-`/metrics` shows those of all workers of the machine, with a `worker` label. A metric is not a meter: bills come
-from usage events only, and `tollbook_gateway_calls_forwarded_total` must equal what is recorded or running.
+Workers share one port, so a scrape reaches any of them: each leaves its samples for the others once a second, and
+`/metrics` shows the counters of all workers added up, the dead ones' too, and the gauges of each with a `worker`
+label. Labels that OpenTelemetry's conventions for generative AI know have their names, in Prometheus' spelling
+(`gen_ai.request.model` is `gen_ai_request_model`); deploy/decisions says which and why.
 """
 
 from __future__ import annotations
 
-import os
-import time
+import logging
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
+from gateway.worker_samples import Family, Labels, Number, WorkerSamples, sum_families
 
+log = logging.getLogger("gateway.telemetry")
+
+PREFIX = "tollbook_gateway_"
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-FILE_AGE_MAX_S = 5.0
-Labels = tuple[str, ...]
+# Codes come from upstreams, too: beyond so many sets of labels the rest is counted as one.
+LABEL_SETS_MAX = 1_000
+LABEL_LENGTH_MAX = 100
+OTHER = "other"
+
+MODEL = "gen_ai_request_model"
+PROVIDER = "gen_ai_provider_name"
+OPERATION = "gen_ai_operation_name"
+TOKEN_TYPE = "gen_ai_token_type"
+# OpenTelemetry's names of what an endpoint does; another endpoint keeps its own.
+OPERATIONS = {"chat.completions": "chat", "messages": "chat", "responses": "chat", "completions": "text_completion"}
 
 
 class Counter:
@@ -26,181 +38,180 @@ class Counter:
     kind = "counter"
 
     def __init__(self, name: str, text: str, label_names: Labels = ()) -> None:
-        self.name = name
+        self.name = PREFIX + name
         self.help = text
         self._label_names = label_names
         self._values: dict[Labels, int] = {} if label_names else {(): 0}
 
     def add(self, amount: int = 1, labels: Labels = ()) -> None:
         """Add `amount` to the sum of `labels`."""
-        self._values[labels] = self._values.get(labels, 0) + amount
+        try:
+            self._values[labels] += amount
+        except KeyError:
+            labels = _bound_labels(labels, count=len(self._values))
+            self._values[labels] = self._values.get(labels, 0) + amount
 
-    def get(self, labels: Labels = ()) -> int:
-        """Return the sum of `labels`."""
-        return self._values.get(labels, 0)
-
-    def render(self, worker: str) -> list[str]:
-        """Return sample lines."""
-        return [
-            f"{self.name}{_render_labels((*self._label_names, 'worker'), (*labels, worker))} {value}"
-            for labels, value in self._values.items()
-        ]
+    def build_family(self, _worker: str) -> Family:
+        """Return the sums."""
+        rows: list[tuple[Labels, list[Number]]] = [(labels, [value]) for labels, value in self._values.items()]
+        return Family(self.name, self.kind, self.help, self._label_names, rows)
 
 
 class Histogram:
-    """Durations in seconds, in fixed buckets."""
+    """Durations in seconds, in fixed buckets, by label values."""
 
     kind = "histogram"
 
-    def __init__(self, name: str, text: str) -> None:
-        self.name = name
+    def __init__(self, name: str, text: str, label_names: Labels = ()) -> None:
+        self.name = PREFIX + name
         self.help = text
-        self._counts = [0] * (len(SECONDS_BUCKETS) + 1)
-        self._sum_s = 0.0
+        self._label_names = label_names
+        self._rows: dict[Labels, list[Number]] = {}
+        if not label_names:
+            self._add_row(())
 
-    def observe(self, seconds: float) -> None:
+    def observe(self, seconds: float, labels: Labels = ()) -> None:
         """Count one duration."""
-        self._counts[bisect_left(SECONDS_BUCKETS, seconds)] += 1
-        self._sum_s += seconds
+        row = self._rows.get(labels) or self._add_row(labels)
+        row[bisect_left(SECONDS_BUCKETS, seconds)] += 1
+        row[-1] += seconds
 
-    def render(self, worker: str) -> list[str]:
-        """Return sample lines."""
-        lines = []
-        total = 0
-        for bound, count in zip((*map(str, SECONDS_BUCKETS), "+Inf"), self._counts, strict=True):
-            total += count
-            lines.append(f"{self.name}_bucket{_render_labels(('le', 'worker'), (bound, worker))} {total}")
-        labels = _render_labels(("worker",), (worker,))
-        return [*lines, f"{self.name}_sum{labels} {self._sum_s:.6f}", f"{self.name}_count{labels} {total}"]
+    def build_family(self, _worker: str) -> Family:
+        """Return the counts of the buckets and the sums."""
+        return Family(self.name, self.kind, self.help, self._label_names, list(self._rows.items()))
+
+    def _add_row(self, labels: Labels) -> list[Number]:
+        labels = _bound_labels(labels, count=len(self._rows))
+        return self._rows.setdefault(labels, [0] * (len(SECONDS_BUCKETS) + 1) + [0.0])
 
 
 class Gauge:
-    """A value read at the time of the scrape."""
+    """A value of one process, read when it is shown; by label values where it has label names."""
 
     kind = "gauge"
 
-    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, text: str, read: Callable[[], Mapping[Labels, Number]], *, label_names: Labels
+    ) -> None:
+        self.name = PREFIX + name
         self.help = text
+        self._label_names = label_names
         self._read = read
 
-    def render(self, worker: str) -> list[str]:
-        """Return the sample line."""
-        return [f"{self.name}{_render_labels(('worker',), (worker,))} {self._read()}"]
-
-
-class UpstreamGauge:
-    """1 for each upstream whose circuit is closed, 0 for one that is being left alone."""
-
-    kind = "gauge"
-
-    def __init__(self, name: str, text: str, read: Callable[[], dict[str, bool]]) -> None:
-        self.name = name
-        self.help = text
-        self._read = read
-
-    def render(self, worker: str) -> list[str]:
-        """Return a sample line per upstream."""
-        return [
-            f"{self.name}{_render_labels(('upstream', 'worker'), (upstream, worker))} {int(is_healthy)}"
-            for upstream, is_healthy in self._read().items()
+    def build_family(self, worker: str) -> Family:
+        """Return the values now."""
+        rows: list[tuple[Labels, list[Number]]] = [
+            ((*labels, worker), [value]) for labels, value in self._read().items()
         ]
-
-
-class Family(msgspec.Struct, frozen=True, array_like=True):
-    """A metric's samples as one worker left them for the others."""
-
-    name: str
-    kind: str
-    help: str
-    samples: list[str]
+        return Family(self.name, self.kind, self.help, (*self._label_names, "worker"), rows)
 
 
 class Telemetry:
     """All metrics of one process."""
 
     def __init__(self, worker: str, folder: Path) -> None:
-        self.worker = worker
-        self._path = folder / f"worker-{worker}.msgpack"
-        self._gauges: list[Gauge | UpstreamGauge] = []
-        prefix = "tollbook_gateway"
-        self.requests_refused = Counter(
-            f"{prefix}_requests_refused_total", "Requests answered without forwarding.", ("status", "code")
+        self._worker = worker
+        self._samples = WorkerSamples(folder, worker)
+        self._gauges: list[Gauge] = []
+        self.error_answers = Counter(
+            "error_answers_total", "Answers with an error.", ("http_response_status_code", "error_type")
         )
         self.answers_replayed = Counter(
-            f"{prefix}_answers_replayed_total", "Requests answered with what their Idempotency-Key had stored."
+            "answers_replayed_total", "Requests answered with what their Idempotency-Key had stored."
         )
-        self.calls_forwarded = Counter(f"{prefix}_calls_forwarded_total", "Calls sent to an upstream.")
+        self.calls_forwarded = Counter("calls_forwarded_total", "Calls sent to an upstream.")
         self.calls_recorded = Counter(
-            f"{prefix}_calls_recorded_total", "Calls whose event is durable.", ("model", "outcome", "usage_source")
+            "calls_recorded_total", "Calls whose event is durable.", (MODEL, "outcome", "usage_source")
         )
-        self.tokens = Counter(f"{prefix}_tokens_total", "Tokens recorded, inclusive.", ("model", "direction"))
+        self.tokens = Counter("tokens_total", "Tokens recorded, inclusive.", (MODEL, TOKEN_TYPE))
         self.attempts = Counter(
-            f"{prefix}_upstream_attempts_total", "Attempts by upstream and outcome.", ("upstream", "outcome")
+            "upstream_attempts_total", "Attempts by upstream; outcome is completed or a code.", ("upstream", "outcome")
         )
-        self.settles = Counter(f"{prefix}_settles_total", "Settles by the way they became durable.", ("way",))
-        self.settle_errors = Counter(f"{prefix}_settle_errors_total", "Settles that Redis refused and were sent again.")
-        self.calls_abandoned = Counter(f"{prefix}_calls_abandoned_total", "Expired holds that were swept.")
+        self.settles = Counter("settles_total", "Settles by the way they became durable.", ("way",))
+        self.settle_errors = Counter("settle_errors_total", "Settles that Redis refused and were sent again.")
+        self.calls_abandoned = Counter("calls_abandoned_total", "Expired holds that were swept.")
         self.unrecorded = Counter(
-            f"{prefix}_settles_failed_total",
-            "Settles that found neither Redis nor spool; the sweeper records the call.",
+            "settles_failed_total", "Settles that found neither Redis nor spool; the sweeper records the call."
         )
-        self.audited = Counter(f"{prefix}_counts_compared_total", "Own counts compared.", ("provider", "model"))
+        audit = (PROVIDER, MODEL)
+        self.audited = Counter("counts_compared_total", "Calls that were counted by us as well.", audit)
+        self.audited_tokens = Counter(
+            "counts_compared_tokens_total", "Tokens reported for compared calls.", (*audit, TOKEN_TYPE)
+        )
         self.drift = Counter(
-            f"{prefix}_count_drift_tokens_total",
-            "Absolute difference of reported and own count.",
-            ("provider", "model", "direction"),
+            "count_drift_tokens_total",
+            "Tokens by which the report of a compared call is over or under our count.",
+            (*audit, TOKEN_TYPE, "direction"),
         )
-        self.call_seconds = Histogram(f"{prefix}_call_duration_seconds", "Whole calls.")
-        self.first_byte_seconds = Histogram(f"{prefix}_first_byte_seconds", "Until the upstream's first byte.")
-        self.admit_seconds = Histogram(f"{prefix}_admit_seconds", "Admission.")
-        self.settle_seconds = Histogram(f"{prefix}_settle_seconds", "Until an event is durable.")
+        self.beyond_tolerance = Counter(
+            "counts_beyond_tolerance_total",
+            "Compared counts that differ by more than a token per choice of output, or at all of input.",
+            (*audit, TOKEN_TYPE),
+        )
+        self.call_seconds = Histogram(
+            "call_duration_seconds", "Whole calls, from the request to the last byte.", (OPERATION, MODEL)
+        )
+        self.first_byte_seconds = Histogram("first_byte_seconds", "Until an upstream's first byte.", ("upstream",))
+        self.admit_seconds = Histogram("admit_seconds", "Admission: limits and hold.")
+        self.settle_seconds = Histogram("settle_seconds", "Until an event is durable.")
 
-    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+    def add_gauge(self, name: str, text: str, read: Callable[[], Number]) -> None:
         """Register a gauge, named without the prefix."""
-        self._gauges.append(Gauge(f"tollbook_gateway_{name}", text, read))
+        self._gauges.append(Gauge(name, text, lambda: {(): read()}, label_names=()))
 
-    def add_upstream_gauge(self, read: Callable[[], dict[str, bool]]) -> None:
-        """Register the health of upstreams."""
-        self._gauges.append(UpstreamGauge("tollbook_gateway_upstream_healthy", "Circuit closed.", read))
+    def add_labelled_gauge(
+        self, name: str, text: str, read: Callable[[], Mapping[Labels, Number]], *, label_names: Labels
+    ) -> None:
+        """Register a gauge with a value for each of some label values."""
+        self._gauges.append(Gauge(name, text, read, label_names=label_names))
 
-    def build_families(self) -> list[Family]:
-        """Return this process's samples."""
+    def publish(self) -> list[Family]:
+        """Leave this process's samples for the other workers, and return them."""
         metrics = [value for value in vars(self).values() if isinstance(value, Counter | Histogram)]
-        return [
-            Family(metric.name, metric.kind, metric.help, metric.render(self.worker))
-            for metric in (*metrics, *self._gauges)
-        ]
-
-    def publish(self) -> None:
-        """Leave this process's samples for the other workers."""
-        draft = self._path.with_suffix(".new")
-        draft.write_bytes(msgspec.msgpack.encode(self.build_families()))
-        os.replace(draft, self._path)
+        families = [metric.build_family(self._worker) for metric in (*metrics, *self._gauges)]
+        try:
+            self._samples.publish(families)
+        except OSError as error:
+            log.error("metrics could not be published: %s", error)
+        return families
 
     def render_all(self) -> bytes:
-        """Return the samples of all live workers in the Prometheus text format."""
-        families: dict[str, Family] = {}
-        for family in [*self.build_families(), *self._read_others()]:
-            known = families.setdefault(family.name, Family(family.name, family.kind, family.help, []))
-            known.samples.extend(family.samples)
-        lines = []
-        for family in families.values():
-            lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}", *family.samples]
+        """Return the samples of all workers in the Prometheus text format."""
+        # Published first: what was shown once is not forgotten when this process is killed.
+        own = self.publish()
+        lines: list[str] = []
+        for family in sum_families([*own, *self._samples.read_others()]):
+            lines += (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}")
+            lines += _render_histogram(family) if family.kind == "histogram" else _render_values(family)
         return ("\n".join(lines) + "\n").encode()
 
-    def _read_others(self) -> list[Family]:
-        families: list[Family] = []
-        for path in sorted(self._path.parent.glob("worker-*.msgpack")):
-            try:
-                if path != self._path and time.time() - path.stat().st_mtime < FILE_AGE_MAX_S:
-                    families += msgspec.msgpack.decode(path.read_bytes(), type=list[Family])
-            except (FileNotFoundError, msgspec.MsgspecError):
-                continue
-        return families
+
+def _bound_labels(labels: Labels, *, count: int) -> Labels:
+    """Return the labels of a new row, short and printable; the last one gives way where there are too many rows."""
+    labels = tuple(label[:LABEL_LENGTH_MAX].encode(errors="replace").decode() for label in labels)
+    return labels if count < LABEL_SETS_MAX or not labels else (*labels[:-1], OTHER)
+
+
+def _render_values(family: Family) -> list[str]:
+    return [f"{family.name}{_render_labels(family.label_names, labels)} {row[0]}" for labels, row in family.rows]
+
+
+def _render_histogram(family: Family) -> list[str]:
+    lines: list[str] = []
+    names = (*family.label_names, "le")
+    for labels, (*counts, sum_s) in family.rows:
+        total: Number = 0
+        for bound, count in zip((*map(str, SECONDS_BUCKETS), "+Inf"), counts, strict=True):
+            total += count
+            lines.append(f"{family.name}_bucket{_render_labels(names, (*labels, bound))} {total}")
+        rendered = _render_labels(family.label_names, labels)
+        lines += (f"{family.name}_sum{rendered} {sum_s:.6f}", f"{family.name}_count{rendered} {total}")
+    return lines
 
 
 def _render_labels(names: Labels, values: Labels) -> str:
+    if not names:
+        return ""
     pairs = ",".join(f'{name}="{_escape(value)}"' for name, value in zip(names, values, strict=True))
     return f"{{{pairs}}}"
 

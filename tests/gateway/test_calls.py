@@ -12,6 +12,7 @@ import pytest
 from gateway.contract.catalog_snapshot import Limits
 from gateway.contract.usage_event import UsageEvent, get_call_id_ms
 from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds, read_stats, wait_for_events
+from tests.fakes.metrics import read_metrics
 from tests.gateway.conftest import Stack
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -254,8 +255,7 @@ def test_models_are_those_that_the_key_may_use(stack: Stack) -> None:
 
 def test_metrics_count_what_was_forwarded_and_recorded(stack: Stack) -> None:
     def read(name: str) -> int:
-        lines = stack.gateway.fetch("/metrics")[1].decode().splitlines()
-        return sum(int(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+        return sum(read_metrics(stack.gateway)[name].values())
 
     names = ("tollbook_gateway_calls_forwarded_total", "tollbook_gateway_calls_recorded_total")
     before = [read(name) for name in names]
