@@ -10,17 +10,22 @@ from django import forms
 from django.contrib import admin, messages
 from django.core.paginator import Paginator
 from django.db.models import QuerySet
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404
+from django.urls import reverse
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
+from unfold.decorators import action
 from unfold.forms import ActionForm
 
 from gateway.contract import usage_event
-from gateway.contract.catalog_snapshot import CatalogSnapshot
 from gateway.contract.usage_event import EventDecodeError
-from metering.catalog import load_catalog
-from metering.errors import CatalogMissingError
+from metering.admin_corrections import run_correction
+from metering.corrections import CorrectionKind
 from metering.models import (
     ConflictingEvent,
+    CorrectionDelta,
     DeadLetter,
     HourlyCount,
     Producer,
@@ -28,9 +33,11 @@ from metering.models import (
     Recording,
     SequenceGap,
     StreamPartition,
+    UsageCorrection,
     UsageEvent,
     UsageRollup,
 )
+from metering.names import get_name
 from metering.quarantine import release_quarantined_events, void_quarantined_events
 
 _COUNTED_MAX = 10_000
@@ -63,48 +70,23 @@ class MeteringAdmin(ModelAdmin):
 
     @admin.display(description="tenant", ordering="tenant_id")
     def tenant(self, row: Any) -> str:
-        return _name("tenants", row.tenant_id)
+        return get_name("tenants", row.tenant_id)
 
     @admin.display(description="served model", ordering="served_model_id")
     def served_model(self, row: Any) -> str:
-        return _name("served_models", row.served_model_id)
+        return get_name("served_models", row.served_model_id)
 
     @admin.display(description="provider", ordering="provider_id")
     def provider(self, row: Any) -> str:
-        return _name("providers", row.provider_id)
+        return get_name("providers", row.provider_id)
 
     @admin.display(description="upstream", ordering="upstream_id")
     def upstream(self, row: Any) -> str:
-        return _name("upstreams", row.upstream_id)
+        return get_name("upstreams", row.upstream_id)
 
     @admin.display(description="API key", ordering="api_key_id")
     def api_key(self, row: Any) -> str:
-        return _name("api_keys", row.api_key_id)
-
-
-_names: tuple[int, dict[str, dict[int, str]]] = (-1, {})
-
-
-def _name(kind: str, number: int) -> str:
-    """Return the name that the newest catalog gives an id, else the id itself."""
-    global _names
-    try:
-        snapshot = load_catalog().snapshot
-    except CatalogMissingError:
-        return str(number)
-    if _names[0] != snapshot.version:
-        _names = (snapshot.version, _list_names(snapshot))
-    return _names[1][kind].get(number, str(number) if number else "none")
-
-
-def _list_names(snapshot: CatalogSnapshot) -> dict[str, dict[int, str]]:
-    return {
-        "tenants": {tenant.tenant_id: tenant.slug for tenant in snapshot.tenants},
-        "api_keys": {key.api_key_id: key.public_id for key in snapshot.api_keys},
-        "served_models": {model.served_model_id: model.name for model in snapshot.served_models},
-        "providers": {upstream.provider_id: upstream.provider_slug for upstream in snapshot.upstreams},
-        "upstreams": {upstream.upstream_id: upstream.slug for upstream in snapshot.upstreams},
-    }
+        return get_name("api_keys", row.api_key_id)
 
 
 @admin.register(UsageEvent)
@@ -120,6 +102,8 @@ class UsageEventAdmin(MeteringAdmin):
     ordering = ("-call_id",)
     sortable_by = ("call_id",)
     list_filter = ("outcome", "usage_source")
+    readonly_fields = ("corrections",)
+    actions_detail = ("amend_page", "void_page")
 
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[UsageEvent], search_term: str
@@ -131,6 +115,85 @@ class UsageEventAdmin(MeteringAdmin):
         except ValueError:
             self.message_user(request, f"{search_term!r} is not a call id.", messages.WARNING)
             return queryset.none(), False
+
+    @admin.display(description="corrections")
+    def corrections(self, event: UsageEvent) -> SafeString | str:
+        rows = UsageCorrection.objects.filter(call_id=event.pk).order_by("pk")
+        lines = ((get_correction_url(row), _describe_correction(row)) for row in rows)
+        return format_html_join("\n", '<a class="tb-link" href="{}">{}</a>', lines) or "none: it counts as recorded"
+
+    def has_correct_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return request.user.has_perm("metering.add_usagecorrection")
+
+    @action(description="Amend…", icon="edit", url_path="amend", permissions=["correct"])
+    def amend_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """State anew what a call used or whose it was."""
+        return run_correction(self, request, CorrectionKind.AMEND, self._get_event(object_id))
+
+    @action(description="Void…", icon="block", url_path="void", permissions=["correct"])
+    def void_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """Decide that a call bills nothing."""
+        return run_correction(self, request, CorrectionKind.VOID, self._get_event(object_id))
+
+    def _get_event(self, object_id: str) -> UsageEvent:
+        return get_object_or_404(UsageEvent, pk=object_id)
+
+
+def get_correction_url(correction: UsageCorrection) -> str:
+    """Return the address of a correction's page."""
+    return reverse("admin:metering_usagecorrection_change", args=[correction.pk])
+
+
+def _describe_correction(row: UsageCorrection) -> str:
+    counts = f"{row.input_tokens:,} input and {row.output_tokens:,} output tokens" if row.calls else "nothing"
+    at = f"{row.created_at:%Y-%m-%d %H:%M}"
+    return f"{row.get_kind_display()} by {row.actor_name} on {at}: it counts {counts} ({row.reason})"
+
+
+def _describe_delta(delta: CorrectionDelta) -> str:
+    tenant, model = get_name("tenants", delta.tenant_id), get_name("served_models", delta.served_model_id)
+    where = f"{tenant}, {delta.usage_on}, {model} at {get_name('upstreams', delta.upstream_id)}, {delta.outcome}"
+    tokens = f"{delta.input_tokens:+,} input and {delta.output_tokens:+,} output tokens"
+    return f"{where}: {delta.calls:+} calls, {tokens}"
+
+
+@admin.register(UsageCorrection)
+class UsageCorrectionAdmin(MeteringAdmin):
+    """Compensating records, newest first."""
+
+    list_display = (
+        *("created_at", "kind", "event", "tenant", "served_model", "calls", "input_tokens", "output_tokens"),
+        *("actor_name", "reason", "is_live"),
+    )
+    list_display_links = ("created_at",)
+    list_filter = ("kind",)
+    list_select_related = ("superseded_by",)
+    search_fields = ("call_id__exact", "idempotency_key__exact", "actor_name")
+    exclude = ("xid", "request_sha256")
+    readonly_fields = ("deltas",)
+    actions_list = ("backfill_page",)
+
+    @admin.display(description="call")
+    def event(self, row: UsageCorrection) -> SafeString:
+        url = reverse("admin:metering_usageevent_change", args=[row.call_id])
+        return format_html('<a class="tb-link tb-nowrap" href="{}">{}</a>', url, row.call_id)
+
+    @admin.display(description="live", boolean=True)
+    def is_live(self, row: UsageCorrection) -> bool:
+        return not hasattr(row, "superseded_by")
+
+    @admin.display(description="put on rollups")
+    def deltas(self, row: UsageCorrection) -> str:
+        lines = [_describe_delta(delta) for delta in row.deltas.all()]
+        return "\n".join(lines) or "nothing: its usage is an event of its own"
+
+    def has_correct_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("metering.add_usagecorrection")
+
+    @action(description="Backfill a call…", icon="add", url_path="backfill", permissions=["correct"])
+    def backfill_page(self, request: HttpRequest) -> HttpResponse:
+        """Record a call that never arrived."""
+        return run_correction(self, request, CorrectionKind.BACKFILL)
 
 
 @admin.register(UsageRollup)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
@@ -35,8 +36,10 @@ from metering.errors import (
 )
 from metering.event_partitions import ensure_event_partitions
 from metering.models import QuarantinedEvent, Recording, UsageCorrection, UsageEvent
+from metering.names import list_names
 from metering.recording import Arrival, ArrivalState, EventRecorder, RecordingOrigin
 from metering.retries import run_with_retries
+from metering.selectors import get_usage_event
 from metering.sequences import lock_import_producer, write_progress
 from metering.sourced_events import CatalogNames, RefusedCallError, UsageRecord, build_countable_event
 
@@ -115,10 +118,12 @@ class CorrectionPreview:
 
 @dataclass(frozen=True, slots=True)
 class RecordedCorrection:
-    """A correction on record. `is_new` is False where the same request was recorded before."""
+    """A correction on record, and what rollup cells gained by it. `is_new` is False (and nothing was gained now)
+    where the same request was recorded before."""
 
     correction: UsageCorrection
     is_new: bool
+    deltas: Mapping[RollupKey, UsageSums] = field(default_factory=dict)
 
 
 def preview_correction(request: CorrectionRequest) -> CorrectionPreview:
@@ -139,13 +144,13 @@ def record_correction(
     def record() -> RecordedCorrection:
         with transaction.atomic():
             lock_call(call_id)
-            stored = _find_repetition(request)
+            stored = find_repetition(request)
             if stored is not None:
                 return RecordedCorrection(stored, is_new=False)
             plan = _plan(request, load_catalog())
             if confirmed_previous_id is not None and plan.preview.previous_id != confirmed_previous_id:
                 raise StaleCorrectionError(f"call {call_id} was corrected since the preview: look at it again")
-            return RecordedCorrection(_write(request, plan, actor_name), is_new=True)
+            return RecordedCorrection(_write(request, plan, actor_name), True, plan.preview.deltas)
 
     what = f"{request.kind} of call {call_id}"
     try:
@@ -155,7 +160,8 @@ def record_correction(
         return run_with_retries(record, what=what)
 
 
-def _find_repetition(request: CorrectionRequest) -> UsageCorrection | None:
+def find_repetition(request: CorrectionRequest) -> UsageCorrection | None:
+    """Return the correction that this request is a repetition of, or None; raises CorrectionKeyReusedError."""
     stored = UsageCorrection.objects.filter(idempotency_key=request.idempotency_key).first()
     if stored is not None and bytes(stored.request_sha256) != request.sha256:
         raise CorrectionKeyReusedError(
@@ -177,7 +183,7 @@ def _plan(request: CorrectionRequest, catalog: Catalog) -> _Plan:
     if request.kind == CorrectionKind.BACKFILL:
         return _plan_backfill(request, catalog)
     call_id = _get_call_id(request)
-    event = UsageEvent.objects.filter(call_id=call_id).first()
+    event = get_usage_event(call_id)
     if event is None:
         _refuse_held(call_id)
         raise CallUnknownError(f"call {call_id} is not recorded: backfill it, or wait until it arrives")
@@ -224,16 +230,12 @@ def _amend(request: CorrectionRequest, before: CallState, event: UsageEvent, cat
 
 
 def _name_state(state: CallState, catalog: Catalog) -> dict[str, object]:
-    snapshot, key = catalog.snapshot, state.key
-    tenants = {tenant.tenant_id: tenant.slug for tenant in snapshot.tenants}
-    models = {model.served_model_id: model.name for model in snapshot.served_models}
-    upstreams = {upstream.upstream_id: upstream.slug for upstream in snapshot.upstreams}
-    api_keys = {api_key.api_key_id: api_key.public_id for api_key in snapshot.api_keys}
+    names, key = list_names(catalog.snapshot), state.key
     return {
-        "tenant": tenants.get(key.tenant_id, ""),
-        "served_model": models.get(key.served_model_id, ""),
-        "upstream": upstreams.get(key.upstream_id, ""),
-        "api_key": api_keys.get(key.api_key_id, ""),
+        "tenant": names["tenants"].get(key.tenant_id, ""),
+        "served_model": names["served_models"].get(key.served_model_id, ""),
+        "upstream": names["upstreams"].get(key.upstream_id, ""),
+        "api_key": names["api_keys"].get(key.api_key_id, ""),
         "outcome": Outcome(key.outcome),
         **{name: getattr(state.sums, name) for name in TOKEN_FIELDS},
     }
@@ -259,8 +261,7 @@ def _build_event(
 
 def _plan_backfill(request: CorrectionRequest, catalog: Catalog) -> _Plan:
     call_id = _get_call_id(request)
-    recorded = UsageEvent.objects.filter(call_id=call_id).first()
-    if recorded is not None:
+    if get_usage_event(call_id) is not None:
         raise CallRecordedError(f"call {call_id} is recorded: amend it")
     _refuse_held(call_id)
     missing = {"tenant", "served_model", "input_tokens", "output_tokens"} - request.stated.keys()

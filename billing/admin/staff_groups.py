@@ -2,8 +2,8 @@
 
 | group | may |
 |---|---|
-| Finance | see everything; finalize and void invoices, pay, close months; edit agreements, prices and exchange rates |
-| Operator | see everything but the audit trail; edit tenants, API keys, ingestion sources and the catalog |
+| Finance | see everything; finalize and void invoices, pay, close, correct usage; edit agreements, prices and rates |
+| Operator | see everything but the audit trail; edit tenants, keys, sources and the catalog; decide on held events |
 | Auditor (read-only) | see everything, change nothing |
 """
 
@@ -20,6 +20,7 @@ _FINANCE_TABLES = {
     "invoice": ("change",),
     "payable": ("change",),
     "settlementperiod": ("change",),
+    "usagecorrection": ("add",),
     **dict.fromkeys(
         (
             "agreement",
@@ -35,13 +36,16 @@ _FINANCE_TABLES = {
         _EDIT,
     ),
 }
-_OPERATOR_TABLES = dict.fromkeys(
-    (
-        *("apikey", "contract", "ingestionsource", "languagemodel", "party", "provider", "servedmodel", "tenant"),
-        "upstream",
+_OPERATOR_TABLES = {
+    **dict.fromkeys(
+        (
+            *("apikey", "contract", "ingestionsource", "languagemodel", "party", "provider", "servedmodel", "tenant"),
+            "upstream",
+        ),
+        _EDIT,
     ),
-    _EDIT,
-)
+    **dict.fromkeys(("deadletter", "quarantinedevent"), ("change",)),
+}
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Finance": _FINANCE_TABLES,
     "Operator": _OPERATOR_TABLES,

@@ -54,6 +54,7 @@ TASKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         [
             _page("Usage by day", "billing_usage", "billing.tenant"),
             _list("Events", "usageevent", "metering"),
+            _list("Corrections", "usagecorrection", "metering"),
             _list("Quarantine", "quarantinedevent", "metering"),
             _list("Sequence gaps", "sequencegap", "metering"),
             _list("Dead letters", "deadletter", "metering"),
@@ -67,6 +68,7 @@ TASKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         ],
         [
             "metering.usageevent",
+            "metering.usagecorrection",
             "metering.quarantinedevent",
             "metering.sequencegap",
             "metering.deadletter",

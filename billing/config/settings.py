@@ -146,6 +146,9 @@ REST_FRAMEWORK = {
 # Requests of one credential to one web process, as REST framework writes rates.
 API_RATE = env.str("TOLLBOOK_API_RATE", default="20/second")
 INGESTION_RATE = env.str("TOLLBOOK_INGESTION_RATE", default="100/second")
+# What metering asks for the money in its previews (see metering/pricing.py).
+METERING_PRICER = "billing.selectors.correction_prices.price_deltas"
+
 SPECTACULAR_SETTINGS = {
     "TITLE": "Tollbook",
     "DESCRIPTION": "Invoices and usage. A tenant calls with one of its API keys and sees what is its own.",

@@ -29,13 +29,21 @@ SELECT tenant_id, served_model_id, upstream_id, width_bucket(usage_on, %(starts)
        sum(output_tokens)::bigint, sum(reasoning_tokens)::bigint
 FROM {UsageRollup._meta.db_table}
 WHERE usage_on >= %(start)s AND usage_on < %(end)s AND outcome = ANY(%(outcomes)s)
+    AND (%(tenant_ids)s::bigint[] IS NULL OR tenant_id = ANY(%(tenant_ids)s))
 GROUP BY 1, 2, 3, 4
+-- What corrections emptied is no usage: it needs no price.
+HAVING sum(calls) > 0
 ORDER BY 1, 2, 3, 4
 """
 
 
-def list_usage_segments(start: date, end: date, *, change_days: Iterable[date]) -> Iterator[UsageSegment]:
-    """Yield billable usage of days `[start, end)` of the tenants' zones, cut at `change_days`, in a stable order."""
+def list_usage_segments(
+    start: date, end: date, *, change_days: Iterable[date], tenant_ids: Iterable[int] | None = None
+) -> Iterator[UsageSegment]:
+    """Yield billable usage of days `[start, end)` of the tenants' zones, cut at `change_days`, in a stable order.
+
+    `tenant_ids` limits it to some tenants.
+    """
     starts: Sequence[date] = [first for first, _ in build_segments(start, end, change_days=change_days)]
     with connection.cursor() as cursor:
         cursor.execute(
@@ -45,6 +53,7 @@ def list_usage_segments(start: date, end: date, *, change_days: Iterable[date]) 
                 "start": start,
                 "end": end,
                 "outcomes": [outcome.value for outcome in BILLABLE_OUTCOMES],
+                "tenant_ids": None if tenant_ids is None else list(tenant_ids),
             },
         )
         for tenant_id, served_model_id, upstream_id, segment, *counts in cursor.fetchall():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from gateway.contract.token_kind import TokenKind, split_token_kinds
 from metering.core.aggregation import RollupKey, UsageSums
@@ -32,6 +33,27 @@ class CallState:
     def void(self) -> CallState:
         """Return the state in which the call counts nothing."""
         return CallState(self.key, UsageSums())
+
+
+@dataclass(frozen=True, slots=True)
+class MoneyDifference:
+    """What usage of `month` (YYYY-MM) gains on one side, exact and unrounded; `books_in` is the month that carries it:
+    its own while it is open, else the next open one, which names it as the origin."""
+
+    month: str
+    books_in: str
+    side: str
+    currency: str
+    amount: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class PricedDifference:
+    """Revenue, provider cost and royalties of a difference in usage; `problems` are sentences about what has no price
+    and so is missing in them."""
+
+    amounts: tuple[MoneyDifference, ...]
+    problems: tuple[str, ...]
 
 
 def compute_deltas(before: CallState | None, after: CallState) -> dict[RollupKey, UsageSums]:

@@ -43,7 +43,7 @@ def test_auditor_may_view_all_of_the_house_and_change_nothing(db):
 
 def test_groups_may_write_what_is_theirs(db):
     assert list_writes("Finance") == sorted(
-        ["change_invoice", "change_payable", "change_settlementperiod"]
+        ["add_usagecorrection", "change_invoice", "change_payable", "change_settlementperiod"]
         + [
             f"{verb}_{table}"
             for verb in ("add", "change")
@@ -62,13 +62,13 @@ def test_groups_may_write_what_is_theirs(db):
             )
         ]
     )
+    tables = [
+        *("apikey", "contract", "ingestionsource", "languagemodel", "party", "provider", "servedmodel", "tenant"),
+        "upstream",
+    ]
     assert list_writes("Operator") == sorted(
-        f"{verb}_{table}"
-        for verb in ("add", "change")
-        for table in [
-            *("apikey", "contract", "ingestionsource", "languagemodel", "party", "provider", "servedmodel", "tenant"),
-            "upstream",
-        ]
+        ["change_deadletter", "change_quarantinedevent"]
+        + [f"{verb}_{table}" for verb in ("add", "change") for table in tables]
     )
 
 

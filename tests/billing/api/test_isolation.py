@@ -69,7 +69,18 @@ def check_usage_events(own, other):
         assert response.status_code == 401
 
 
+def check_corrections(own, other):
+    """No tenant corrects anything, nor sees what staff corrected."""
+    call_id = "01a10d38-f900-7000-8000-000000000000"
+    for client in (own, other):
+        for name in ("api_usage_corrections", "api_usage_correction_preview"):
+            assert client.post(reverse(name), {"kind": "void", "call_id": call_id, "reason": "mine"}).status_code == 403
+        assert client.get(reverse("api_usage_corrections"), {"call_id": call_id}).status_code == 403
+
+
 ISOLATION = {
+    "api_usage_corrections": check_corrections,
+    "api_usage_correction_preview": check_corrections,
     "api_invoices": check_invoice_list,
     "api_invoice": check_invoice,
     "api_invoice_document": check_invoice_document,

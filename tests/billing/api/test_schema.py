@@ -15,12 +15,14 @@ def test_schema_is_valid_and_complete(client, db, recwarn):
         "/api/v1/invoices/{number}": {"get"},
         "/api/v1/invoices/{number}/{extension}": {"get"},
         "/api/v1/usage": {"get"},
+        "/api/v1/usage-corrections": {"get", "post"},
+        "/api/v1/usage-corrections/preview": {"post"},
         "/api/v1/usage-events/{call_id}": {"get"},
         "/api/v1/usage-events": {"post"},
     }
     assert schema["paths"].pop("/api/v1/usage-events")["post"]["security"] == [{"sourceToken": []}]
-    for item in schema["paths"].values():
-        assert item["get"]["security"] == [{"apiKey": []}, {"staffSession": []}]
+    for operation in (one for item in schema["paths"].values() for one in item.values()):
+        assert operation["security"] == [{"apiKey": []}, {"staffSession": []}]
     parameters = {one["name"] for one in schema["paths"]["/api/v1/usage"]["get"]["parameters"]}
     assert parameters == {"start", "end", "by", "tenant", "limit", "offset"}
 
