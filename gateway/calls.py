@@ -36,6 +36,7 @@ class HoldRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     endpoint: str
     streamed: bool
     region: str
+    labels: dict[str, str] = {}
 
 
 class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -158,6 +159,7 @@ def build_hold(call: Call, upstream: UpstreamRecord, producer: str) -> bytes:
             endpoint=call.endpoint,
             streamed=call.request.streamed,
             region=upstream.region,
+            labels=call.labels,
         )
     )
 
@@ -280,6 +282,7 @@ def build_abandoned_settlement(
                 endpoint=hold.endpoint,
                 streamed=hold.streamed,
                 region=region,
+                labels=hold.labels,
             )
         )
 

@@ -367,7 +367,8 @@ def build_settle_command(settlement: Settlement, *, producer: str, seq: int, flo
     """Return the EVALSHA of `settle.lua`, packed."""
     keys = settlement.keys
     model_id = settlement.billed_model_id
-    return _build_settle_head(keys, settlement.tenant_id, settlement.api_key_id, settlement.month) + pack_arguments(
+    owner = (settlement.tenant_id, settlement.api_key_id)
+    return _build_settle_head(keys, producer, *owner, month=settlement.month) + pack_arguments(
         keys.get_ended_key(settlement.call_id),
         settlement.mode,
         producer,
@@ -386,12 +387,12 @@ def build_settle_command(settlement: Settlement, *, producer: str, seq: int, flo
 
 
 @functools.lru_cache(HEADS_MAX)
-def _build_settle_head(keys: PartitionKeys, tenant_id: int, api_key_id: int, month: str) -> bytes:
+def _build_settle_head(keys: PartitionKeys, producer: str, tenant_id: int, api_key_id: int, *, month: str) -> bytes:
     return build_command_head(
         SETTLE,
         (
             keys.stream,
-            keys.seq,
+            keys.get_seq_key(producer),
             keys.holds,
             keys.leases,
             keys.progress,

@@ -51,12 +51,15 @@ class PartitionKeys:
 
     partition: int
     stream: str
-    seq: str
     holds: str
     leases: str
     progress: str
     sweeper_lock: str
     tag: str
+
+    def get_seq_key(self, producer: str) -> str:
+        """Return the key of the last seq of a producer that was applied."""
+        return f"seq:{self.tag}:{producer}"
 
     def get_ended_key(self, call_id: str) -> str:
         """Return the key of the marker that a call was swept, or settled after a spooled intent."""
@@ -81,7 +84,6 @@ def build_partition_keys(partition: int) -> PartitionKeys:
     return PartitionKeys(
         partition=partition,
         stream=get_stream_key(partition),
-        seq=f"seq:{tag}",
         holds=f"holds:{tag}",
         leases=f"leases:{tag}",
         progress=f"progress:{tag}",

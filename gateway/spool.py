@@ -24,6 +24,8 @@ log = logging.getLogger("gateway.spool")
 
 _HEADER = struct.Struct("<II")
 RECORD_BYTES_MAX = 1 << 20
+# Redis remembers for 40 days which records it has (MARKER_TTL_S of `settle.lua`). An older spool might be billed twice.
+REPLAY_AGE_MAX_S = 39 * 86_400
 # What a spool has of the disk at least, from its opening on.
 ALLOCATION_BYTES_MIN = 256 * 1024
 READ_CHUNK_BYTES = 1 << 20
@@ -129,6 +131,11 @@ class Spool:
     def remove(self) -> None:
         """Unlink the (empty) file and give up the lock."""
         self.path.unlink(missing_ok=True)
+        self.close()
+
+    def set_aside(self) -> None:
+        """Give up the lock and rename the file, so that nobody adopts it: a person must look at it."""
+        self.path.rename(self.path.with_suffix(".expired"))
         self.close()
 
     def close(self) -> None:

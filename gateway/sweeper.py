@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
 from gateway.calls import Call, HoldRecord, ProgressRecord, build_abandoned_settlement, build_progress
+from gateway.contract.usage_event import get_call_id_ms
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
 from gateway.event_log import EventLog, replay_records
 from gateway.redis_connection import RedisConnection, Script
 from gateway.settings import Settings
 from gateway.snapshot_reader import PartitionKeys, SnapshotReader
-from gateway.spool import Spool, SpooledSettle, open_orphan_spools
+from gateway.spool import REPLAY_AGE_MAX_S, Spool, SpooledSettle, SpoolRecord, open_orphan_spools
 from gateway.spool_room import compute_call_bytes
 from gateway.telemetry import Telemetry
 
@@ -115,14 +117,17 @@ class Sweeper:
             CALLS_PER_ROUND,
         )
         settlements = []
+        wanted = 0
         for call_id, hold, progress in zip(reply[0::3], reply[1::3], reply[2::3], strict=True):
             name = call_id.decode()
             if name in self._in_flight:
                 continue
+            record = msgspec.msgpack.decode(hold, type=HoldRecord)
+            wanted += compute_call_bytes(record.labels)
             settlements.append(
                 build_abandoned_settlement(
                     name,
-                    msgspec.msgpack.decode(hold, type=HoldRecord),
+                    record,
                     msgspec.msgpack.decode(progress, type=ProgressRecord) if progress else None,
                     keys=keys,
                     catalog=catalog,
@@ -130,7 +135,6 @@ class Sweeper:
             )
         # Redis may go away before it has them: what calls have set aside in the spool stays theirs.
         room = self._event_log.room
-        wanted = len(settlements) * compute_call_bytes({})
         await room.reserve(wanted)
         try:
             for way in await asyncio.gather(*(self._event_log.settle(settlement) for settlement in settlements)):
@@ -157,6 +161,10 @@ class Sweeper:
                 records, end = await self._loop.run_in_executor(self._disk, spool.read_batch, offset, ADOPTION_BATCH)
                 if not records:
                     break
+                if _is_too_old(records[0]):
+                    log.error("the spool %s is too old to be replayed and is kept as .expired", spool.path.name)
+                    spool.set_aside()
+                    return True
                 await replay_records(self._redis, records, floors=floors)
                 count += sum(isinstance(record, SpooledSettle) for record in records)
                 offset = end
@@ -168,3 +176,8 @@ class Sweeper:
         if count:
             log.warning("adopted the spool %s: %d events", spool.path.name, count)
         return True
+
+
+def _is_too_old(record: SpoolRecord) -> bool:
+    """Return whether Redis may have forgotten that it has this record already."""
+    return time.time() - get_call_id_ms(record.call_id) / 1000 > REPLAY_AGE_MAX_S

@@ -1,6 +1,6 @@
 -- Settle: the event (or the filler in its place), the hold and the counters, in one step, once.
 --
--- KEYS 1 usage stream   2 last applied seq by producer   3 holds   4 leases   5 progress
+-- KEYS 1 usage stream   2 last applied seq of the producer   3 holds   4 leases   5 progress
 --      6,7 scope of tenant, key   8,9 month of tenant, key   10,11 rate of tenant, key   12 marker of an ended call
 -- ARGV 1 'settle' or 'sweep'   2 producer   3 seq   4 floor: lowest seq not yet acknowledged to the producer
 --      5 call id   6 event   7 '1': leave a marker that the call was settled
@@ -11,14 +11,16 @@
 -- Order. A producer's events are applied in the order of seq. A seq that is not the next one is refused, or an
 -- error on one command would let the next one pass and the retry of the first look like a duplicate. Only
 -- where this server lost acknowledged events (last applied < floor - 1) may a producer go on, from its floor.
+-- A producer that settles nothing for 40 days is forgotten; if it lives, it goes on from its floor.
 
+-- Replays may come until then: spools that are older are not adopted (`spool.py`, REPLAY_AGE_MAX_S).
 local MARKER_TTL_S = 40 * 86400
 local MONTH_TTL_S = 100 * 86400
 local SLOTS = 61
 
 local producer, call_id, event = ARGV[2], ARGV[5], ARGV[6]
 local seq, floor = tonumber(ARGV[3]), tonumber(ARGV[4])
-local applied = tonumber(redis.call('HGET', KEYS[2], producer)) or 0
+local applied = tonumber(redis.call('GET', KEYS[2])) or 0
 if seq <= applied then
   return 'applied'
 end
@@ -42,12 +44,12 @@ if superseded then
   local filler = '\148' .. cmsgpack.pack(producer) .. cmsgpack.pack(seq) .. cmsgpack.pack(call_id)
     .. '\198' .. struct.pack('>I4', #event) .. event
   redis.call('XADD', KEYS[1], '*', 's', filler)
-  redis.call('HSET', KEYS[2], producer, ARGV[3])
+  redis.call('SET', KEYS[2], ARGV[3], 'EX', MARKER_TTL_S)
   return 'superseded'
 end
 
 redis.call('XADD', KEYS[1], '*', 'e', event)
-redis.call('HSET', KEYS[2], producer, ARGV[3])
+redis.call('SET', KEYS[2], ARGV[3], 'EX', MARKER_TTL_S)
 if hold then
   -- 0 - x, not -x: Redis does not read '-0' as an integer.
   local released = string.format('%.0f', 0 - cmsgpack.unpack(hold)[1])

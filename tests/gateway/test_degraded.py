@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def wait_for(stack: CrashStack, count: int) -> None:
     while len(read_events(stack.client)) < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def wait_until_ready(stack: CrashStack) -> None:
+    deadline = time.monotonic() + 5
+    while stack.gateway.fetch("/readyz")[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def check_books(stack: CrashStack, count: int) -> None:
@@ -150,7 +158,10 @@ def test_the_spool_of_a_killed_gateway_is_adopted_with_its_own_sequence(down_sta
         calls = [
             asyncio.ensure_future(
                 send_call(
-                    stack.gateway.port, stack.api_keys[0], BODY | {"stream": True, "chunks": 100, "chunk_delay_ms": 50}
+                    stack.gateway.port,
+                    stack.api_keys[0],
+                    BODY
+                    | {"stream": True, "chunks": 100, "chunk_delay_ms": 50, "user": "left", "metadata": {"a": "b"}},
                 )
             )
             for _ in range(2)
@@ -171,8 +182,9 @@ def test_the_spool_of_a_killed_gateway_is_adopted_with_its_own_sequence(down_sta
     wait_for(stack, 16)
     stack.wait_until_quiet()
     check_books(stack, 16)
-    outcomes = sorted(event.outcome for event in read_events(stack.client))
-    assert outcomes == ["abandoned"] * 2 + ["completed"] * 14
+    outcomes = sorted((event.outcome, event.labels) for event in read_events(stack.client) if event.labels)
+    assert outcomes == [("abandoned", {"user": "left", "a": "b"})] * 2
+    assert Counter(event.outcome for event in read_events(stack.client)) == {"abandoned": 2, "completed": 14}
     assert len({event.producer for event in read_events(stack.client) if event.outcome == "completed"}) == 2
     assert spool not in list_spools(stack)
 
@@ -189,8 +201,8 @@ def test_beyond_its_bound_the_spool_refuses_and_readiness_fails(server_folder: P
         assert stack.gateway.fetch("/readyz")[0] == 503
         stack.server.start()
         wait_for(stack, served)
+        wait_until_ready(stack)
         assert send(stack)[0].status == 200
-        assert stack.gateway.fetch("/readyz")[0] == 200
         stack.wait_until_quiet()
         check_books(stack, served + 1)
     finally:

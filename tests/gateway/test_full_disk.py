@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from gateway.spool_room import CALL_BYTES_MAX
 from tests.fakes.gateway_stack import build_gateway, read_events
 from tests.fakes.load_client import Answer, send_call
 from tests.gateway.test_crashes import CrashStack
-from tests.gateway.test_degraded import BODY, check_books, measure_records, send, wait_for
+from tests.gateway.test_degraded import BODY, check_books, measure_records, send, wait_for, wait_until_ready
 
 DISK_BYTES = 1 << 20
 
@@ -111,10 +110,7 @@ def test_a_disk_that_fills_up_while_redis_is_away_loses_no_call_in_flight(
         assert 40 * 200 < measure_records(spool) < 256 * 1024 == spool.stat().st_size
         # The disk has room again: the gateway finds out by itself.
         (small_disk / "filler").unlink()
-        deadline = time.monotonic() + 5
-        while stack.gateway.fetch("/readyz")[0] != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until_ready(stack)
         assert [answer.status for answer in send(stack, 5)] == [200] * 5
         stack.server.start()
         wait_for(stack, served + 5)

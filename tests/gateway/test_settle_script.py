@@ -140,6 +140,24 @@ def test_a_server_that_lost_acknowledged_events_goes_on_with_a_gap(scripts: Scri
     assert [value for _name, value in scripts.read_stream()] == [b"event 1", b"event 4", b"event 5"]
 
 
+def test_a_producer_is_forgotten_40_days_after_its_last_settle_and_goes_on_if_it_lives(scripts: Scripts) -> None:
+    assert [scripts.settle(seq, f"call-{seq}") for seq in (1, 2)] == ["event", "event"]
+    key = KEYS.get_seq_key("gw-a")
+    assert scripts.client.get(key) == b"2"
+    assert 40 * 86_400 - 5 < scripts.client.ttl(key) <= 40 * 86_400
+    # A replay is recognised, and does not prolong the memory by itself.
+    scripts.client.expire(key, 100)
+    assert scripts.settle(2, "call-2") == "applied"
+    assert scripts.client.ttl(key) <= 100
+    assert scripts.settle(3, "call-3", floor=3) == "event"
+    assert scripts.client.ttl(key) > 100
+    scripts.client.delete(key)
+    assert [scripts.settle(seq, f"call-{seq}", floor=4) for seq in (4, 5)] == ["event", "event"]
+    assert [value for _name, value in scripts.read_stream()] == [b"event %d" % seq for seq in range(1, 6)]
+    # Nothing is left of a partition's producers but what expires.
+    assert [name for name in scripts.client.scan_iter("seq:*") if scripts.client.ttl(name) < 0] == []
+
+
 def test_producers_do_not_share_a_sequence(scripts: Scripts) -> None:
     assert scripts.settle(1, "call-1", producer="gw-a") == "event"
     assert scripts.settle(1, "call-2", producer="gw-b") == "event"
