@@ -27,7 +27,7 @@ from gateway.exchange import Exchange
 from gateway.providers.base import CallRequest
 from gateway.readiness import RecordingProbe
 from gateway.receipts import Receipts
-from gateway.redis_connection import RedisConnection
+from gateway.redis_cluster import connect_redis
 from gateway.routing import CircuitBreakers
 from gateway.settings import Settings
 from gateway.snapshot_reader import Caller, Catalog, Offer, SnapshotReader
@@ -132,7 +132,9 @@ class GatewayApp:
         timeout_s = settings.redis_timeout_ms / 1000
         scripts = (ADMIT, CANCEL, SETTLE, PLACE_HOLD, RENEW, LIST_EXPIRED, idempotency.IDEMPOTENCY)
         self._telemetry = Telemetry(self._worker, settings.metrics_dir)
-        self._redis = RedisConnection(settings.redis_url, timeout_s=timeout_s, scripts=scripts)
+        self._redis = connect_redis(
+            settings.redis_url, timeout_s=timeout_s, scripts=scripts, replicas_min=settings.redis_replicas_min
+        )
         producer = f"gw-{uuid.uuid4().hex}"
         try:
             spool = open_own_spool(settings.spool_dir, producer, bytes_max=settings.spool_bytes_max)
@@ -157,7 +159,7 @@ class GatewayApp:
         self._receipts = Receipts(self._redis, self._parts.pool, web_url=settings.web_url)
         self._snapshots = SnapshotReader(
             self._redis,
-            RedisConnection(settings.redis_url, timeout_s=timeout_s),
+            connect_redis(settings.redis_url, timeout_s=timeout_s),
             age_max_s=settings.snapshot_age_max_s,
             sandbox_url=settings.sandbox_url,
         )

@@ -107,7 +107,7 @@ class RedisConnection(asyncio.Protocol):
         if not self.is_up:
             on_reply(RedisUnavailableError("not connected to the Redis-protocol server"))
             return
-        self._queue(hiredis.pack_command(command), on_reply)  # type: ignore[arg-type]
+        self._queue(pack_command(command), on_reply)
 
     def send_packed(self, command: bytes, on_reply: OnReply) -> None:
         """As `send`, for a command that `build_command_head` and `pack_arguments` have made."""
@@ -186,7 +186,7 @@ class RedisConnection(asyncio.Protocol):
         futures = []
         for command in handshake:
             future: asyncio.Future[Any] = self._loop.create_future()
-            self._queue(hiredis.pack_command(command), partial(_resolve, future))  # type: ignore[arg-type]
+            self._queue(pack_command(command), partial(_resolve, future))
             futures.append(future)
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         for outcome in outcomes:
@@ -238,6 +238,8 @@ class RedisConnection(asyncio.Protocol):
             reader.feed(data)
             while (reply := reader.gets()) is not _NOT_ENOUGH:
                 if reply.__class__ is hiredis.PushNotification:
+                    if waiting and reply[0] == b"subscribe":  # a push, and the reply to its command too
+                        waiting.popleft()(reply)
                     if self._on_push is not None:
                         self._on_push(reply)
                 elif reply.__class__ is hiredis.ReplyError:
@@ -248,6 +250,12 @@ class RedisConnection(asyncio.Protocol):
         except hiredis.ProtocolError:
             log.exception("malformed reply from the Redis-protocol server")
             self.break_connection()
+
+
+def pack_command(command: tuple[Argument, ...]) -> bytes:
+    """Return the bytes of a command."""
+    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]
+    return packed
 
 
 def build_command_head(script: Script, keys: Sequence[str], *arguments: Argument, keys_more: int, more: int) -> bytes:

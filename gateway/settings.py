@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from gateway.contract.redis_url import RedisUrlError, is_cluster_url, parse_cluster_url
+
 PEPPER_LENGTH_MIN = 16
 
 
@@ -36,6 +38,7 @@ class Settings:
     settle_wait_ms: int = 1_000
     redis_timeout_ms: int = 2_000
     redis_start_wait_s: int = 15
+    redis_replicas_min: int = 0
     request_bytes_max: int = 32 * 1024 * 1024
     response_bytes_max: int = 64 * 1024 * 1024
     header_bytes_max: int = 32 * 1024
@@ -67,6 +70,7 @@ _INTEGERS = (
     ("TOLLBOOK_GATEWAY_SETTLE_WAIT_MS", "settle_wait_ms", 10, 60_000),
     ("TOLLBOOK_GATEWAY_REDIS_TIMEOUT_MS", "redis_timeout_ms", 50, 60_000),
     ("TOLLBOOK_GATEWAY_REDIS_START_WAIT_S", "redis_start_wait_s", 0, 600),
+    ("TOLLBOOK_REDIS_REPLICAS_MIN", "redis_replicas_min", 0, 16),
     ("TOLLBOOK_GATEWAY_REQUEST_BYTES_MAX", "request_bytes_max", 1_024, 1 << 30),
     ("TOLLBOOK_GATEWAY_RESPONSE_BYTES_MAX", "response_bytes_max", 1_024, 1 << 30),
     ("TOLLBOOK_GATEWAY_HEADER_BYTES_MAX", "header_bytes_max", 1_024, 1 << 20),
@@ -83,9 +87,15 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     problems: list[str] = []
     values: dict[str, int] = {}
     redis_url = environ.get("TOLLBOOK_REDIS_URL", "")
-    if not redis_url.startswith(("redis://", "rediss://", "unix://")):
+    if is_cluster_url(redis_url):
+        try:
+            parse_cluster_url(redis_url)
+        except RedisUrlError as error:
+            problems.append(f"TOLLBOOK_REDIS_URL: {error}")
+    elif not redis_url.startswith(("redis://", "rediss://", "unix://")):
         problems.append(
-            "TOLLBOOK_REDIS_URL must name the Redis-protocol server that records usage, e.g. redis://127.0.0.1:6379/0"
+            "TOLLBOOK_REDIS_URL must name the Redis-protocol server that records usage, e.g. redis://127.0.0.1:6379/0, "
+            "or a cluster, e.g. redis+cluster://127.0.0.1:7000,127.0.0.1:7001"
         )
     pepper = environ.get("TOLLBOOK_API_KEY_PEPPER", "")
     if len(pepper) < PEPPER_LENGTH_MIN:
@@ -106,6 +116,8 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         problems.append(
             "TOLLBOOK_WEB_URL must be where the web process listens, e.g. http://127.0.0.1:8000, without a path"
         )
+    if values.get("redis_replicas_min") and not is_cluster_url(redis_url):
+        problems.append("TOLLBOOK_REDIS_REPLICAS_MIN needs a Redis Cluster: TOLLBOOK_REDIS_URL names a single server")
     if problems:
         raise SettingsError("\n".join(problems))
     settings = Settings(

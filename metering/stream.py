@@ -13,10 +13,12 @@ from typing import Any
 
 import redis
 from django.conf import settings
+from redis.cluster import ClusterNode
+from redis.exceptions import RedisClusterException
 
+from gateway.contract.redis_url import is_cluster_url, parse_cluster_url
 from gateway.contract.streams import get_stream_key
 
-CLUSTER_SCHEMES = ("redis+cluster://", "rediss+cluster://")
 _TIMEOUT_S = 10.0
 
 
@@ -29,16 +31,32 @@ class StreamState:
     oldest_age_ms: int
 
 
+def connect_redis(url: str, *, timeout_s: float) -> Any:
+    """Return redis-py's client of the server or the cluster that `url` names.
+
+    Raises RedisUrlError, and redis.ConnectionError where no node of a cluster answers (a server is asked later).
+    """
+    options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    if not is_cluster_url(url):
+        return redis.Redis.from_url(url, **options)
+    cluster = parse_cluster_url(url)
+    try:
+        return redis.RedisCluster(
+            startup_nodes=[ClusterNode(host, port) for host, port in cluster.nodes],
+            username=cluster.username or None,
+            password=cluster.password or None,
+            ssl=cluster.is_tls,
+            **options,
+        )
+    except RedisClusterException as error:  # which is no RedisError
+        raise redis.ConnectionError(str(error)) from error
+
+
 class UsageStreams:
     """A client for the usage streams of one server or one cluster."""
 
     def __init__(self, url: str) -> None:
-        options: dict[str, Any] = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
-        self.client: Any  # redis.Redis or redis.RedisCluster
-        if url.startswith(CLUSTER_SCHEMES):
-            self.client = redis.RedisCluster.from_url(url.replace("+cluster", "", 1), **options)
-        else:
-            self.client = redis.Redis.from_url(url, **options)
+        self.client: Any = connect_redis(url, timeout_s=_TIMEOUT_S)
         # The reply as it comes: half of the time of a read is redis-py's callback.
         self.client.set_response_callback("XRANGE", _keep_reply)
 

@@ -13,6 +13,7 @@ import environ
 from django.core.exceptions import ImproperlyConfigured
 
 from billing.admin.unfold_settings import UNFOLD  # noqa: F401 (a setting)
+from gateway.contract.redis_url import is_cluster_url
 
 BASE_DIR = Path(__file__).resolve().parent.parent.parent
 env = environ.Env()
@@ -62,6 +63,12 @@ DATABASES = {
     }
 }
 REDIS_URL = _read_required("TOLLBOOK_REDIS_URL", "the Redis-protocol server")
+BROKER_URL = env.str("TOLLBOOK_BROKER_URL", default="") or REDIS_URL
+if is_cluster_url(BROKER_URL):
+    raise ImproperlyConfigured(
+        "Celery cannot use a Redis Cluster as its broker. Set TOLLBOOK_BROKER_URL to a single Redis-protocol server, "
+        "e.g. redis://127.0.0.1:6379/0."
+    )
 
 INSTALLED_APPS = [
     "unfold",
@@ -161,7 +168,7 @@ SPECTACULAR_SETTINGS = {
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
 }
 
-CELERY_BROKER_URL = REDIS_URL
+CELERY_BROKER_URL = BROKER_URL
 CELERY_TASK_IGNORE_RESULT = True
 CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_REJECT_ON_WORKER_LOST = True

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import redis
 from django.conf import settings
 
 from gateway.contract.streams import SNAPSHOT_CHANNEL, SNAPSHOT_KEY, SNAPSHOT_VERSION_KEY
+from metering.stream import connect_redis
 
 # A publication waits in a web request or a command: better late (the beat repairs it) than stuck.
 TIMEOUT_S = 2
@@ -20,9 +22,9 @@ class SnapshotNotDeliveredError(Exception):
 
 
 @cache
-def get_client(url: str) -> redis.Redis:
-    """Return the client of a server, one per process and URL."""
-    return redis.Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+def get_client(url: str) -> Any:
+    """Return the client of a server or a cluster, one per process and URL; raises redis.RedisError."""
+    return connect_redis(url, timeout_s=TIMEOUT_S)
 
 
 def get_delivered_version() -> int:

@@ -44,7 +44,7 @@ def check_health(data_dir: Path, runtime: Runtime) -> list[ProcessHealth]:
         if name == "redis":
             return is_redis_well(urls["TOLLBOOK_REDIS_URL"])
         if name == "worker":
-            return is_worker_well(urls["TOLLBOOK_REDIS_URL"])
+            return is_worker_well(urls.get("TOLLBOOK_BROKER_URL") or urls["TOLLBOOK_REDIS_URL"])
         health_url = health_urls.get(name)
         return health_url is None or answers_well(health_url)
 

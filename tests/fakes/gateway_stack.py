@@ -119,8 +119,15 @@ class Catalog:
 
     def publish(self, client: redis.Redis) -> None:
         """Publish the next version, as billing does; above that of every other test on the same server."""
+        snapshot = self.build_snapshot()
+        client.set(SNAPSHOT_KEY, to_wire(snapshot))
+        client.set(SNAPSHOT_VERSION_KEY, self.version)
+        client.publish(SNAPSHOT_CHANNEL, self.version)
+
+    def build_snapshot(self) -> CatalogSnapshot:
+        """Return the next version."""
         self.version = max(self.version + 1, time.time_ns() // 1_000)
-        snapshot = CatalogSnapshot(
+        return CatalogSnapshot(
             version=self.version,
             published_at_ms=int(time.time() * 1000),
             partition_count=PARTITIONS,
@@ -130,9 +137,6 @@ class Catalog:
             upstreams=tuple(self.upstreams),
             prices=tuple(self.prices),
         )
-        client.set(SNAPSHOT_KEY, to_wire(snapshot))
-        client.set(SNAPSHOT_VERSION_KEY, self.version)
-        client.publish(SNAPSHOT_CHANNEL, self.version)
 
 
 class ServerProcess:
