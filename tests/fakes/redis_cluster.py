@@ -57,8 +57,9 @@ class LoopbackCluster:
         clients = [self.connect_node(number) for number in range(len(self.nodes))]
         for number, client in enumerate(clients):
             client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
-            ports = (client.config_get("cluster-port")["cluster-port"] for client in clients)
-            for node, bus_port in zip(self.nodes, ports, strict=True):
+        bus_ports = [client.config_get("cluster-port")["cluster-port"] for client in clients]
+        for client in clients:
+            for node, bus_port in zip(self.nodes, bus_ports, strict=True):
                 client.execute_command("CLUSTER MEET", "127.0.0.1", node.port, bus_port)
         for number in range(MASTERS):
             first, end = number * SLOT_COUNT // MASTERS, (number + 1) * SLOT_COUNT // MASTERS
