@@ -8,7 +8,7 @@ JOBS ?= 2
 MYPY_PATHS := gateway deploy/embedded $(wildcard */core)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-gateway bench-metering bench-ledger soak lock clean
+.PHONY: help install demo test lint format bench bench-gateway bench-metering bench-ingestion bench-ledger soak lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench-gateway: $(INSTALLED)  ## Measure CPU per call against nginx, and count th
 
 bench-metering: $(INSTALLED)  ## Measure events per second from stream to rollup
 	$(PYTHON_IN_VENV) -m deploy.bench.metering
+
+bench-ingestion: $(INSTALLED)  ## Measure usage events per second by API, on one web process
+	$(PYTHON_IN_VENV) -m deploy.bench.ingestion
 
 bench-ledger: $(INSTALLED)  ## Measure posting, verifying and exporting journal entries
 	$(PYTHON_IN_VENV) -m deploy.bench.ledger
