@@ -7,6 +7,7 @@ MeteringError
 ├── UnstorableEntryError       the database refused the values of an entry (retry in smaller parts)
 ├── ImportFormatError          a file is not an import file at all
 ├── ReportFormatError          a file is no usage report of the named format, or of another period
+├── UsageQuestionError         a question about usage that has no answer; `parameter` says which part of it
 ├── DigestError                a digest is not what it says, or not signed by whom it should be
 └── CorrectionError            a correction was refused, and nothing of it recorded
     ├── CallUnknownError           no such call is recorded
@@ -55,6 +56,16 @@ class ImportFormatError(MeteringError):
     """The file cannot be read as usage, e.g. a CSV file without the required columns."""
 
     code = "import_format"
+
+
+class UsageQuestionError(MeteringError, ValueError):
+    """A question about usage that has no answer. `parameter` is the part of it that is wrong."""
+
+    code = "invalid_question"
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class DigestError(MeteringError):

@@ -22,6 +22,21 @@ def get_name(kind: str, number: int) -> str:
     return _names[1][kind].get(number, str(number) if number else "none")
 
 
+def find_ids(kind: str, name: str, *, tenant_id: int | None = None) -> list[int]:
+    """Return the ids of a name; of API keys only those of the tenant, where one is given. "none" is 0."""
+    if name == "none" and kind in ("api_keys", "providers", "upstreams"):
+        return [0]
+    try:
+        snapshot = load_catalog().snapshot
+    except CatalogMissingError:
+        return []
+    found = [number for number, one in list_names(snapshot)[kind].items() if one == name]
+    if kind == "api_keys" and tenant_id is not None:
+        own = {key.api_key_id for key in snapshot.api_keys if key.tenant_id == tenant_id}
+        found = [number for number in found if number in own]
+    return found
+
+
 def list_names(snapshot: CatalogSnapshot) -> dict[str, dict[int, str]]:
     """Return the names of a snapshot by kind and id."""
     return {

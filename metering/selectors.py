@@ -1,18 +1,14 @@
-"""Reading usage. Billing, the dashboard, the API and invoices all read sums here, so that none can differ."""
+"""Reading metering: single events, its state and its counts. Sums of usage are in `usage_sums.py`."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
-from typing import Any
+from datetime import datetime
 
 from django.db import connection
-from django.db.models import BigIntegerField, Count, F, Min, QuerySet, Sum
-from django.db.models.functions import Cast
+from django.db.models import Count, F, Min, Sum
 
-from metering.core.aggregation import UsageSums
 from metering.models import (
     ConflictingEvent,
     DeadLetter,
@@ -20,91 +16,8 @@ from metering.models import (
     SequenceGap,
     StreamPartition,
     UsageEvent,
-    UsageRollup,
 )
 from metering.stream import StreamState, get_streams
-
-GROUP_COLUMNS = (
-    "tenant_id",
-    "usage_on",
-    "api_key_id",
-    "served_model_id",
-    "provider_id",
-    "upstream_id",
-    "outcome",
-)
-SUM_COLUMNS = (
-    "calls",
-    "input_tokens",
-    "cached_input_tokens",
-    "cache_write_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-)
-_SUMS = {f"{column}_sum": Cast(Sum(column), BigIntegerField()) for column in SUM_COLUMNS}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UsageFilter:
-    """Which usage. Days are those of the tenants' zones, `[period_start, period_end)`; None means all."""
-
-    period_start: date | None = None
-    period_end: date | None = None
-    tenant_ids: Sequence[int] | None = None
-    api_key_ids: Sequence[int] | None = None
-    served_model_ids: Sequence[int] | None = None
-    provider_ids: Sequence[int] | None = None
-    upstream_ids: Sequence[int] | None = None
-    outcomes: Sequence[str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class UsageRow:
-    """Sums of one group; `group` has the columns grouped by, e.g. `{"usage_on": date(2026, 10, 1)}`."""
-
-    group: dict[str, Any]
-    sums: UsageSums
-
-
-def sum_usage(usage_filter: UsageFilter) -> UsageSums:
-    """Return the sums of all matching usage."""
-    row = _select(usage_filter).aggregate(**_SUMS)
-    return UsageSums(**{column: row[f"{column}_sum"] or 0 for column in SUM_COLUMNS})
-
-
-def list_usage(usage_filter: UsageFilter, group_by: Sequence[str]) -> list[UsageRow]:
-    """Return sums by the given columns of GROUP_COLUMNS, in their order; raises ValueError for another."""
-    unknown = set(group_by) - set(GROUP_COLUMNS)
-    if unknown:
-        raise ValueError(f"usage cannot be grouped by {sorted(unknown)}: use some of {GROUP_COLUMNS}")
-    rows = _select(usage_filter).order_by(*group_by).values(*group_by).annotate(**_SUMS)
-    return [
-        UsageRow(
-            group={column: row[column] for column in group_by},
-            sums=UsageSums(**{column: row[f"{column}_sum"] for column in SUM_COLUMNS}),
-        )
-        for row in rows
-    ]
-
-
-def list_usage_by_day(usage_filter: UsageFilter) -> list[UsageRow]:
-    """Return sums by day, oldest first. Days without usage are not listed."""
-    return list_usage(usage_filter, ("usage_on",))
-
-
-def _select(usage_filter: UsageFilter) -> QuerySet[UsageRollup]:
-    conditions = {
-        "usage_on__gte": usage_filter.period_start,
-        "usage_on__lt": usage_filter.period_end,
-        "tenant_id__in": usage_filter.tenant_ids,
-        "api_key_id__in": usage_filter.api_key_ids,
-        "served_model_id__in": usage_filter.served_model_ids,
-        "provider_id__in": usage_filter.provider_ids,
-        "upstream_id__in": usage_filter.upstream_ids,
-        "outcome__in": usage_filter.outcomes,
-    }
-    given = {name: value for name, value in conditions.items() if value is not None}
-    return UsageRollup.objects.filter(**given).order_by()
 
 
 def get_usage_event(call_id: uuid.UUID | str, *, tenant_id: int | None = None) -> UsageEvent | None:

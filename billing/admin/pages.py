@@ -15,11 +15,11 @@ from unfold.views import UnfoldSiteViewMixin
 
 from billing.admin.formats import format_count, format_exact
 from billing.admin.trial_balance import build_trial_balance_tables
-from billing.core.errors import BillingError
 from billing.core.periods import Month
 from billing.models import Book, Tenant
 from billing.selectors.ledger import get_trial_balance, get_trial_balance_difference
-from billing.selectors.usage_report import DIMENSIONS, QUANTITIES, list_usage
+from metering.errors import UsageQuestionError
+from metering.usage_report import DIMENSIONS, QUANTITIES, UsageQuestion, list_usage_page
 
 CHOICES_SHOWN_MAX = 2_000
 ROWS_SHOWN_MAX = 500
@@ -75,8 +75,8 @@ class UsageView(UnfoldSiteViewMixin, TemplateView):
             | {"dimensions": [(name, name.replace("_", " ")) for name in DIMENSIONS]}
         )
         try:
-            rows = list_usage(**_to_arguments(asked), rows_max=ROWS_SHOWN_MAX + 1)
-        except BillingError as error:
+            rows = list_usage_page(_build_question(asked), rows_max=ROWS_SHOWN_MAX + 1).rows
+        except UsageQuestionError as error:
             return context | {"error": str(error)}
         query = self.request.GET.copy()
         query["format"] = "csv"
@@ -105,8 +105,8 @@ class UsageView(UnfoldSiteViewMixin, TemplateView):
     def _build_csv(self) -> HttpResponse:
         asked = self._read_question()
         try:
-            rows = list_usage(**_to_arguments(asked), rows_max=CSV_ROWS_MAX)
-        except BillingError as error:
+            rows = list_usage_page(_build_question(asked), rows_max=CSV_ROWS_MAX).rows
+        except UsageQuestionError as error:
             return HttpResponse(str(error), status=400, content_type="text/plain")
         text = io.StringIO()
         writer = csv.DictWriter(text, (*asked["by"], *QUANTITIES))
@@ -117,8 +117,8 @@ class UsageView(UnfoldSiteViewMixin, TemplateView):
         return response
 
 
-def _to_arguments(asked: dict[str, Any]) -> dict[str, Any]:
-    return {"start": asked["start"], "end": asked["end"], "by": asked["by"], "tenant_id": asked["tenant"]}
+def _build_question(asked: dict[str, Any]) -> UsageQuestion:
+    return UsageQuestion(start=asked["start"], end=asked["end"], by=asked["by"], tenant_id=asked["tenant"])
 
 
 def _show_row(row: dict[str, Any]) -> list[str]:

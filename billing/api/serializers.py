@@ -5,7 +5,6 @@ from __future__ import annotations
 from rest_framework import serializers
 
 from billing.models import Invoice, InvoiceLine
-from billing.selectors.usage_report import DAYS_MAX, DIMENSIONS
 
 STATUSES = [status.value for status in Invoice.Status if status != Invoice.Status.DRAFT]
 
@@ -72,40 +71,3 @@ class InvoiceDetail(InvoiceSummary):
     class Meta(InvoiceSummary.Meta):
         fields = (*InvoiceSummary.Meta.fields, "timezone", "tax_name", "tax_rate_bps", "lines")
         read_only_fields = fields
-
-
-class UsageQuestion(serializers.Serializer):
-    """Which usage is asked for: days `[start, end)`, grouped by some dimensions, in pages."""
-
-    start = serializers.DateField(help_text="first day, in the tenant's billing zone")
-    end = serializers.DateField(help_text=f"first day that no longer counts; {DAYS_MAX} days at most")
-    by = serializers.CharField(
-        default="day,served_model", max_length=100, help_text=f"of {', '.join(DIMENSIONS)}, separated by commas"
-    )
-    tenant = serializers.SlugField(required=False, max_length=63, help_text="for staff only")
-    limit = serializers.IntegerField(default=100, min_value=1, max_value=1_000)
-    offset = serializers.IntegerField(default=0, min_value=0, max_value=10_000_000)
-
-
-class UsageRow(serializers.Serializer):
-    """Sums of one group. Input includes cached input and cache writes; output includes reasoning."""
-
-    day = serializers.DateField(required=False)
-    tenant = serializers.CharField(required=False)
-    served_model = serializers.CharField(required=False)
-    upstream = serializers.CharField(required=False)
-    api_key = serializers.CharField(required=False, help_text="the key's public id")
-    outcome = serializers.CharField(required=False)
-    calls = serializers.IntegerField()
-    input_tokens = serializers.IntegerField()
-    cached_input_tokens = serializers.IntegerField()
-    cache_write_tokens = serializers.IntegerField()
-    output_tokens = serializers.IntegerField()
-    reasoning_tokens = serializers.IntegerField()
-
-
-class UsagePage(serializers.Serializer):
-    """A page of usage; `next_offset` is null on the last one."""
-
-    next_offset = serializers.IntegerField(allow_null=True)
-    results = UsageRow(many=True)

@@ -9,7 +9,7 @@ from django.http import HttpResponse
 from django.shortcuts import get_object_or_404
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
-from rest_framework.exceptions import NotFound, PermissionDenied, ValidationError
+from rest_framework.exceptions import NotFound
 from rest_framework.generics import ListAPIView, RetrieveAPIView
 from rest_framework.pagination import PageNumberPagination
 from rest_framework.request import Request
@@ -22,13 +22,9 @@ from billing.api.serializers import (
     InvoiceDetail,
     InvoiceQuestion,
     InvoiceSummary,
-    UsagePage,
-    UsageQuestion,
 )
-from billing.core.errors import InvalidInputError
 from billing.core.periods import Month
-from billing.models import Invoice, Tenant
-from billing.selectors.usage_report import list_usage
+from billing.models import Invoice
 from metering.api.callers import get_own_tenant_id
 from metering.api.problems import Problem
 
@@ -131,40 +127,3 @@ class InvoiceDocumentView(BillsView):
         if extension not in CONTENT_TYPES:
             raise NotFound(f"there is no such document; there is: {', '.join(CONTENT_TYPES)}")
         return build_invoice_download(get_invoice(request, number), extension)
-
-
-class UsageView(BillsView):
-    """Calls and tokens."""
-
-    @extend_schema(
-        operation_id="listUsage",
-        parameters=[UsageQuestion],
-        responses={200: UsagePage, 400: BAD_QUESTION, 404: Problem, **REFUSALS},
-    )
-    def get(self, request: Request) -> Response:
-        """Return usage by day and served model, or by what is asked for."""
-        asked = UsageQuestion(data=request.query_params)
-        asked.is_valid(raise_exception=True)
-        values = asked.validated_data
-        limit, offset = values["limit"], values["offset"]
-        try:
-            rows = list_usage(
-                start=values["start"],
-                end=values["end"],
-                by=list(dict.fromkeys(values["by"].split(","))),
-                tenant_id=self._choose_tenant_id(request, values.get("tenant")),
-                rows_max=limit + 1,
-                offset=offset,
-            )
-        except InvalidInputError as error:
-            raise ValidationError({"non_field_errors": [str(error)]}, code=error.code) from error
-        page = {"next_offset": offset + limit if len(rows) > limit else None, "results": rows[:limit]}
-        return Response(UsagePage(page).data)
-
-    def _choose_tenant_id(self, request: Request, slug: str | None) -> int | None:
-        own = get_own_tenant_id(request)
-        if slug is None:
-            return own
-        if own is not None and request.user.tenant.party.slug != slug:
-            raise PermissionDenied("an API key reads the usage of its own tenant only")
-        return get_object_or_404(Tenant, party__slug=slug).pk

@@ -146,6 +146,9 @@ REST_FRAMEWORK = {
     "DEFAULT_PERMISSION_CLASSES": ["billing.api.authentication.MayReadBills"],
     "DEFAULT_THROTTLE_CLASSES": ["metering.api.throttles.CredentialThrottle"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    # `format` is a parameter of endpoints like any other.
+    "URL_FORMAT_OVERRIDE": None,
+    "DEFAULT_CONTENT_NEGOTIATION_CLASS": "metering.api.negotiation.JsonNegotiation",
     "EXCEPTION_HANDLER": "metering.api.problems.handle_exception",
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "COERCE_DECIMAL_TO_STRING": True,

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from django.db import connection
-from django.db.models import Count, F, Max, QuerySet, Sum
+from django.db.models import Count, Max, QuerySet, Sum
 from redis import RedisError
 
 from billing.core.conversion import ConversionRate
@@ -24,8 +24,9 @@ from billing.core.periods import Month
 from billing.core.rate_cards import PARENT_KINDS
 from billing.models import Invoice, Payable, Posting, SettlementPeriod
 from gateway.contract.token_kind import TokenKind
-from metering.models import Recording, UsageRollup
+from metering.models import Recording
 from metering.selectors import MeteringState, get_metering_state
+from metering.usage_sums import Grouping, UsageFilter, build_usage_query, list_usage
 
 REVENUE = "4000"
 PROVIDER_COST = "5000"
@@ -85,15 +86,9 @@ class MeteringHealth:
 
 def list_daily_usage(start: date, end: date) -> list[DailyUsage]:
     """Return usage per day and served model on days of `[start, end)`, in the order of days."""
-    rows = (
-        UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end)
-        .values("usage_on", "served_model_id")
-        .annotate(sum_calls=Sum("calls"), sum_tokens=Sum(F("input_tokens") + F("output_tokens")))
-        .order_by("usage_on", "served_model_id")
-    )
     return [
-        DailyUsage(row["usage_on"], row["served_model_id"], int(row["sum_calls"]), int(row["sum_tokens"]))
-        for row in rows
+        DailyUsage(*row.group.values(), row.sums.calls, row.sums.input_tokens + row.sums.output_tokens)
+        for row in list_usage(UsageFilter(period_start=start, period_end=end), ("usage_on", "served_model_id"))
     ]
 
 
@@ -173,10 +168,8 @@ _QUANTITIES = {
 _DAILY_CHARGES = f"""
 WITH used AS (
     SELECT usage_on, tenant_id, served_model_id,
-           {", ".join(f"sum({sql}) AS {kind.value}" for kind, sql in _QUANTITIES.items())}
-    FROM {UsageRollup._meta.db_table}
-    WHERE usage_on >= %(start)s AND usage_on < %(end)s AND outcome = ANY(%(outcomes)s)
-    GROUP BY 1, 2, 3
+           {", ".join(f"{sql} AS {kind.value}" for kind, sql in _QUANTITIES.items())}
+    FROM (%(usage)s) sums
 ), priced AS (
     SELECT card.id, card.price_book_id, card.served_model_id, card.effective_from, card.effective_to,
            {
@@ -209,11 +202,11 @@ def list_daily_charges(start: date, end: date) -> list[tuple[date, str, Decimal]
     The ledger has the same sums per accounting day of a rating run, which is not the day of use. Usage without a
     price is left out here; the close refuses it.
     """
+    usage = UsageFilter(period_start=start, period_end=end, outcomes=[outcome.value for outcome in BILLABLE_OUTCOMES])
+    by = [Grouping(name) for name in ("usage_on", "tenant_id", "served_model_id")]
+    sql, parameters = build_usage_query(usage, by)
     with connection.cursor() as cursor:
-        cursor.execute(
-            _DAILY_CHARGES,
-            {"start": start, "end": end, "outcomes": [outcome.value for outcome in BILLABLE_OUTCOMES]},
-        )
+        cursor.execute(_DAILY_CHARGES.replace("%(usage)s", sql), parameters)
         return [(day, currency, charge) for day, currency, charge in cursor.fetchall() if charge]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 
 import redis
-from django.db import connection
 from django.db.models import Count
 
 from billing.core.period_rating import BILLABLE_OUTCOMES, UsageSegment
@@ -14,27 +13,14 @@ from billing.core.periods import Month
 from billing.core.rate_cards import build_segments
 from billing.models import Tenant
 from gateway.contract.token_kind import split_token_kinds
-from metering.models import QuarantinedEvent, UsageRollup
+from metering.models import QuarantinedEvent
 from metering.selectors import get_metering_state
+from metering.usage_sums import Grouping, UsageFilter, list_used, select_usage
+from metering.usage_sums import has_usage as metering_has_usage
 from metering.verification import verify_period
 
 # A call of the last minutes of a period may be written to its stream a little after the end.
 STREAM_GRACE = timedelta(minutes=10)
-
-# Rollups have a row per tenant, day, key, model, upstream and outcome. The database adds them up, because a month
-# of 1,000 tenants is a million of them and rating needs only the sum of each segment.
-_SUM_SEGMENTS = f"""
-SELECT tenant_id, served_model_id, upstream_id, width_bucket(usage_on, %(starts)s::date[]) AS segment,
-       sum(input_tokens)::bigint, sum(cached_input_tokens)::bigint, sum(cache_write_tokens)::bigint,
-       sum(output_tokens)::bigint, sum(reasoning_tokens)::bigint
-FROM {UsageRollup._meta.db_table}
-WHERE usage_on >= %(start)s AND usage_on < %(end)s AND outcome = ANY(%(outcomes)s)
-    AND (%(tenant_ids)s::bigint[] IS NULL OR tenant_id = ANY(%(tenant_ids)s))
-GROUP BY 1, 2, 3, 4
--- What corrections emptied is no usage: it needs no price.
-HAVING sum(calls) > 0
-ORDER BY 1, 2, 3, 4
-"""
 
 
 def list_usage_segments(
@@ -45,38 +31,36 @@ def list_usage_segments(
     `tenant_ids` limits it to some tenants.
     """
     starts: Sequence[date] = [first for first, _ in build_segments(start, end, change_days=change_days)]
-    with connection.cursor() as cursor:
-        cursor.execute(
-            _SUM_SEGMENTS,
-            {
-                "starts": starts,
-                "start": start,
-                "end": end,
-                "outcomes": [outcome.value for outcome in BILLABLE_OUTCOMES],
-                "tenant_ids": None if tenant_ids is None else list(tenant_ids),
-            },
+    # The database adds up: a month of 1,000 tenants is a million rollups, and rating needs only each segment's sum.
+    segment_of = Grouping("width_bucket(usage_on, %(segment_starts)s::date[])", {"segment_starts": list(starts)})
+    usage = UsageFilter(
+        period_start=start,
+        period_end=end,
+        tenant_ids=None if tenant_ids is None else list(tenant_ids),
+        outcomes=[outcome.value for outcome in BILLABLE_OUTCOMES],
+    )
+    by = [Grouping("tenant_id"), Grouping("served_model_id"), Grouping("upstream_id"), segment_of]
+    for tenant_id, served_model_id, upstream_id, segment, _, *counts in select_usage(usage, by):
+        input_tokens, cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens = counts
+        yield UsageSegment(
+            tenant_id=tenant_id,
+            served_model_id=served_model_id,
+            upstream_id=upstream_id,
+            starts_on=starts[segment - 1],
+            quantities=split_token_kinds(
+                input_tokens=input_tokens,
+                cached_input_tokens=cached_input_tokens,
+                cache_write_tokens=cache_write_tokens,
+                output_tokens=output_tokens,
+                reasoning_tokens=reasoning_tokens,
+            ),
         )
-        for tenant_id, served_model_id, upstream_id, segment, *counts in cursor.fetchall():
-            input_tokens, cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens = counts
-            yield UsageSegment(
-                tenant_id=tenant_id,
-                served_model_id=served_model_id,
-                upstream_id=upstream_id,
-                starts_on=starts[segment - 1],
-                quantities=split_token_kinds(
-                    input_tokens=input_tokens,
-                    cached_input_tokens=cached_input_tokens,
-                    cache_write_tokens=cache_write_tokens,
-                    output_tokens=output_tokens,
-                    reasoning_tokens=reasoning_tokens,
-                ),
-            )
 
 
 def list_usage_months(start: date, end: date) -> list[Month]:
     """Return the months of days `[start, end)` that have any usage, oldest first."""
-    days = UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end)
-    return [Month.of(day) for day in days.dates("usage_on", "month")]
+    by_month = Grouping("date_trunc('month', usage_on)::date")
+    return [Month.of(day) for day in list_used(UsageFilter(period_start=start, period_end=end), by_month)]
 
 
 def has_usage(
@@ -88,24 +72,25 @@ def has_usage(
     upstream_ids: Iterable[int] | None = None,
 ) -> bool:
     """Return whether any call was recorded on days of `[start, end)`; None leaves a side open or a filter out."""
-    rollups = UsageRollup.objects.all()
-    if start is not None:
-        rollups = rollups.filter(usage_on__gte=start)
-    if end is not None:
-        rollups = rollups.filter(usage_on__lt=end)
-    for name, ids in (
-        ("tenant_id", tenant_ids),
-        ("served_model_id", served_model_ids),
-        ("upstream_id", upstream_ids),
-    ):
-        if ids is not None:
-            rollups = rollups.filter(**{f"{name}__in": list(ids)})
-    return rollups.exists()
+    return metering_has_usage(
+        UsageFilter(
+            period_start=start,
+            period_end=end,
+            **{
+                name: None if ids is None else list(ids)
+                for name, ids in (
+                    ("tenant_ids", tenant_ids),
+                    ("served_model_ids", served_model_ids),
+                    ("upstream_ids", upstream_ids),
+                )
+            },
+        )
+    )
 
 
 def list_used_zones(start: date, end: date) -> list[str]:
     """Return the IANA zones of the tenants that used anything on days `[start, end)`."""
-    used = UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end).order_by().values("tenant_id").distinct()
+    used = list_used(UsageFilter(period_start=start, period_end=end), Grouping("tenant_id"))
     return sorted(Tenant.objects.filter(pk__in=used).values_list("timezone", flat=True).distinct().order_by())
 
 

@@ -27,7 +27,8 @@ from metering.models import (
     UsageRollup,
 )
 from metering.quarantine import release_attributable_events
-from metering.selectors import UsageFilter, sum_event_counts, sum_usage
+from metering.selectors import sum_event_counts
+from metering.usage_sums import UsageFilter, sum_usage
 from metering.verification import verify_period
 from tests.metering.builders import build_snapshot
 

@@ -13,7 +13,7 @@ import redis
 from django.core.management import CommandError, call_command
 
 from metering.models import ExternalIdentity, Producer, QuarantinedEvent, Recording, UsageEvent, UsageRollup
-from metering.selectors import UsageFilter, list_usage_by_day, sum_usage
+from metering.usage_sums import UsageFilter, list_usage_by_day, sum_usage
 
 
 def build_row(number: int, **changes: Any) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from django.db import connection
 
 from metering import tasks
 from metering.models import StreamPartition, UsageEvent, UsageRollup
-from metering.selectors import UsageFilter, get_watermark, list_usage, list_usage_by_day, sum_usage
+from metering.selectors import get_watermark
 from metering.services import drain_partition, ensure_stream_partitions, roll_up
+from metering.usage_sums import UsageFilter, list_usage, list_usage_by_day, sum_usage
 from tests.metering.builders import build_event, get_us, send
 
 

@@ -24,7 +24,10 @@ def test_schema_is_valid_and_complete(client, db, recwarn):
     for operation in (one for item in schema["paths"].values() for one in item.values()):
         assert operation["security"] == [{"apiKey": []}, {"staffSession": []}]
     parameters = {one["name"] for one in schema["paths"]["/api/v1/usage"]["get"]["parameters"]}
-    assert parameters == {"start", "end", "by", "tenant", "limit", "offset"}
+    assert parameters == {
+        *("start", "end", "by", "format", "limit", "cursor"),
+        *("tenant", "served_model", "provider", "upstream", "api_key", "outcome", "label"),
+    }
 
 
 def test_generator_has_nothing_to_complain_about(capsys):

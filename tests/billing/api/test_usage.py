@@ -1,14 +1,21 @@
 """Usage by API: grouped, in pages, bounded."""
 
+from datetime import date
+
 import pytest
+from django.core.cache import cache
+
+from billing.models import ApiKey
 
 USAGE = "/api/v1/usage"
 ASKED = {"start": "2026-10-01", "end": "2026-12-01"}
 
 
 def test_usage_by_day_and_model(acme):
-    assert acme.get(USAGE, ASKED).json() == {
-        "next_offset": None,
+    page = acme.get(USAGE, ASKED).json()
+    assert page.pop("watermark") > 0
+    assert page == {
+        "next_cursor": None,
         "results": [
             {
                 "day": "2026-10-14",
@@ -51,12 +58,101 @@ def test_usage_by_every_dimension(staff):
     ]
 
 
-def test_pages(staff):
-    asked = ASKED | {"by": "tenant,day", "limit": "3"}
-    first = staff.get(USAGE, asked).json()
-    assert (len(first["results"]), first["next_offset"]) == (3, 3)
-    last = staff.get(USAGE, asked | {"offset": "3"}).json()
-    assert (len(last["results"]), last["next_offset"]) == (1, None)
+def test_pages_are_stable_and_complete(staff):
+    for by in ("tenant,day", "day,tenant,outcome", "outcome,api_key,day", "upstream,provider,day", "served_model,day"):
+        whole = staff.get(USAGE, ASKED | {"by": by}).json()["results"]
+        rows, cursor = [], {}
+        while cursor is not None:
+            page = staff.get(USAGE, ASKED | {"by": by, "limit": "1"} | cursor).json()
+            assert len(page["results"]) == 1
+            rows += page["results"]
+            cursor = {"cursor": page["next_cursor"]} if page["next_cursor"] else None
+        assert rows == whole
+        assert len(rows) == 4
+
+
+def test_cursor_is_of_its_question(acme, globex):
+    asked = ASKED | {"by": "day", "limit": "1"}
+    cursor = acme.get(USAGE, asked).json()["next_cursor"]
+    assert acme.get(USAGE, asked | {"cursor": cursor}).status_code == 200
+    for client, other in (
+        (acme, asked | {"by": "day,outcome"}),
+        (acme, asked | {"end": "2026-11-30"}),
+        (globex, asked),
+    ):
+        response = client.get(USAGE, other | {"cursor": cursor})
+        assert response.status_code == 400
+        assert response.json() == {"cursor": ["this is no next_cursor of the same question; start again without it"]}
+    assert acme.get(USAGE, asked | {"cursor": "x"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("asked", "calls"),
+    [
+        ({"served_model": "llama-3-70b-instruct"}, 2),
+        ({"provider": "bedrock"}, 2),
+        ({"upstream": "bedrock-llama-3-70b"}, 2),
+        ({"api_key": "none"}, 2),
+        ({"outcome": "completed"}, 2),
+        ({"outcome": "client_aborted"}, None),
+        ({"label": "team:x", "start": "2026-11-01", "end": "2026-11-08"}, None),
+    ],
+)
+def test_filters(acme, asked, calls):
+    rows = acme.get(USAGE, ASKED | {"by": "tenant"} | asked).json()["results"]
+    assert [row["calls"] for row in rows] == ([] if calls is None else [calls])
+
+
+def test_hours_are_of_raw_events(acme):
+    asked = {"start": "2026-11-01", "end": "2026-11-08"}
+    rows = acme.get(USAGE, asked | {"by": "hour,day"}).json()["results"]
+    assert [(row["hour"], row["day"], row["calls"], row["input_tokens"]) for row in rows] == [
+        ("2026-11-03T09:00:00Z", "2026-11-03", 1, 2_000_000)
+    ]
+    assert acme.get(USAGE, asked | {"by": "label.team"}).json()["results"][0]["label.team"] == ""
+
+
+def test_hours_of_days_that_are_exported_are_refused(acme, monkeypatch):
+    monkeypatch.setattr("metering.usage_report.get_oldest_partition_day", lambda: date(2026, 11, 5))
+    asked = {"start": "2026-11-01", "end": "2026-11-08", "by": "hour"}
+    assert acme.get(USAGE, asked).json() == {
+        "start": ["by hour or label, ask for days from 2026-11-05 on: older events are exported"]
+    }
+    assert acme.get(USAGE, asked | {"start": "2026-11-04"}).status_code == 200
+
+
+def test_csv_has_the_same_rows(staff):
+    asked = ASKED | {"by": "day,tenant", "format": "csv", "limit": "3"}
+    response = staff.get(USAGE, asked, headers={"Accept": "text/csv"})
+    assert response["Content-Type"] == "text/csv; charset=utf-8"
+    assert response["Content-Disposition"] == 'attachment; filename="usage-2026-10-01-2026-12-01.csv"'
+    header = "calls,input_tokens,cached_input_tokens,cache_write_tokens,output_tokens,reasoning_tokens"
+    assert response.content.decode().splitlines() == [
+        f"day,tenant,{header}",
+        "2026-10-14,acme,1,1000000,0,0,300000,0",
+        "2026-10-20,globex,1,500000,0,0,100000,0",
+        "2026-11-03,acme,1,2000000,0,0,1000000,0",
+    ]
+    link, _, relation = response["Link"].partition("; ")
+    assert relation == 'rel="next"'
+    last = staff.get(link.strip("<>"))
+    assert last.content.decode().splitlines()[1:] == ["2026-11-24,globex,1,1000000,0,0,0,0"]
+    assert "Link" not in last
+
+
+def test_key_of_another_tenant_is_not_told_apart_from_none(acme, globex):
+    key = ApiKey.objects.get(tenant__party__slug="globex").public_id
+    answers = [acme.get(USAGE, ASKED | {"api_key": name}) for name in (key, "a" * 16)]
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert [answer.json()["api_key"][0].replace(key, "a" * 16) for answer in answers] == [
+        "there is no api key 'aaaaaaaaaaaaaaaa'"
+    ] * 2
+
+
+def test_one_credential_is_throttled(acme, globex, settings):
+    settings.API_RATE = "2/minute"
+    cache.clear()
+    assert [client.get(USAGE, ASKED).status_code for client in (acme, acme, acme, globex)] == [200, 200, 429, 200]
 
 
 def test_staff_ask_for_one_tenant(staff):
@@ -66,7 +162,8 @@ def test_staff_ask_for_one_tenant(staff):
 
 
 def test_tenant_may_name_itself(acme):
-    assert acme.get(USAGE, ASKED | {"tenant": "acme"}).json() == acme.get(USAGE, ASKED).json()
+    named, own = (acme.get(USAGE, asked).json()["results"] for asked in (ASKED | {"tenant": "acme"}, ASKED))
+    assert named == own
 
 
 def test_tenant_is_not_told_whether_another_exists(acme):
@@ -84,9 +181,20 @@ def test_tenant_is_not_told_whether_another_exists(acme):
         {"start": "x", "end": "2026-10-01"},
         ASKED | {"by": "colour"},
         ASKED | {"limit": "0"},
-        ASKED | {"limit": "1001"},
-        ASKED | {"offset": "-1"},
-        ASKED | {"offset": "99999999999999999999"},
+        ASKED | {"limit": "10001"},
+        ASKED | {"offset": "1"},
+        ASKED | {"by": ""},
+        ASKED | {"by": "day,"},
+        ASKED | {"by": "label.a,label.b"},
+        ASKED | {"by": "label."},
+        ASKED | {"by": "hour"},
+        ASKED | {"label": "team:x"},
+        ASKED | {"label": "team"},
+        ASKED | {"served_model": "gpt"},
+        ASKED | {"format": "xml"},
+        ASKED | {"cursor": "%00"},
+        {"start": "0001-01-01", "end": "0001-01-02"},
+        {"start": "9999-12-30", "end": "9999-12-31"},
         ASKED | {"tenant": "a b"},
     ],
 )
@@ -96,4 +204,4 @@ def test_question_that_makes_no_sense_is_refused(acme, asked):
 
 def test_refusal_names_its_reason(acme):
     asked = {"start": "2026-10-02", "end": "2026-10-01"}
-    assert acme.get(USAGE, asked).json() == {"non_field_errors": ["ask for 1 to 366 days"]}
+    assert acme.get(USAGE, asked).json() == {"end": ["ask for 1 to 366 days: end is the day after the last one"]}
