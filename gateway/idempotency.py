@@ -303,7 +303,8 @@ def _build_claim(exchange: Exchange, call: Call) -> _Claim:
             "idempotency_key_invalid",
             f"Idempotency-Key must be sent once, with 1 to {KEY_LENGTH_MAX} visible ASCII characters, such as a UUID.",
         )
-    fingerprint = hashlib.sha256(call.endpoint.encode() + b"\0" + call.request.body).digest()
+    # The body as it came: what a dialect drops in translation makes another request, too.
+    fingerprint = hashlib.sha256(call.endpoint.encode() + b"\0" + exchange.body).digest()
     # Only a digest of the tenant's text gets into the name, so that its length is fixed.
     name = f"idempotency:{call.caller.keys.tag}:k{call.caller.api_key.api_key_id}:{hashlib.sha256(key).hexdigest()}"
     return _Claim(name, Reservation(fingerprint, call.call_id))
