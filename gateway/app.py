@@ -14,11 +14,11 @@ from urllib.parse import unquote
 
 import msgspec
 
-from gateway import idempotency, relay
+from gateway import idempotency, relay, tokenization
 from gateway.admission import ADMIT, CANCEL, Admission
 from gateway.authentication import Authenticator, check_scope
 from gateway.calls import Call, read_labels
-from gateway.contract.catalog_snapshot import ServedModelRecord
+from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord
 from gateway.endpoints.dialect import Dialect
 from gateway.endpoints.translated_exchange import DIALECTS, TranslatedExchange, send_error, translate_request
 from gateway.errors import SERVER, GatewayError, RedisUnavailableError, SpoolFullError, build_metering_unavailable
@@ -51,6 +51,7 @@ ENDPOINTS = {
 DIALECT_PATHS = {f"/v1/{name}": dialect for name, dialect in DIALECTS.items()}
 MODELS_PATH = "/v1/models"
 USAGE_PATH = "/v1/usage"
+TOKENIZE_PATH = "/v1/tokenize"
 # A key that is restricted to some endpoints reads receipts only where this is one of them, as at the web process.
 BILLING_ENDPOINT = "billing"
 
@@ -82,6 +83,7 @@ class GatewayApp:
         self._authenticator = Authenticator(settings.api_key_pepper)
         self._background: list[asyncio.Task[None]] = []
         self._routes = self._build_routes()
+        self._tokenization = tokenization.Tokenization()
         self._model_route = Route("GET", self._serve_model)
         self._receipt_route = Route("GET", self._serve_receipt)
 
@@ -272,6 +274,7 @@ class GatewayApp:
             "/readyz": Route("GET", self._serve_readiness, is_public=True),
             "/metrics": Route("GET", self._serve_metrics, is_public=True),
         }
+        routes[TOKENIZE_PATH] = Route("POST", self._serve_tokenize)
         routes |= {path: Route("POST", self._serve_call, endpoint=endpoint) for path, endpoint in ENDPOINTS.items()}
         routes |= {
             path: Route("POST", self._serve_call, endpoint=dialect.endpoint, dialect=dialect)
@@ -291,14 +294,8 @@ class GatewayApp:
     async def _serve_call(self, exchange: Exchange) -> None:
         catalog, caller, endpoint = exchange.catalog, exchange.caller, exchange.route.endpoint
         request = _parse_request(exchange, endpoint)
-        model_name = request.json.get("model")
-        if not isinstance(model_name, str) or not model_name:
-            raise GatewayError(400, "missing_model", "You must provide a model parameter.", param="model")
-        check_scope(caller, endpoint=endpoint, model_name=model_name)
-        offer = catalog.offers.get(model_name)
-        price = catalog.get_price(caller.tenant.tenant_id, offer.model.served_model_id) if offer else None
-        if offer is None or price is None:
-            raise _build_model_not_found(model_name)
+        offer, price = _find_offer(request.json, caller, catalog, endpoint=endpoint)
+        model_name = offer.model.name
         if not offer.upstreams:
             raise GatewayError(503, "no_upstream", f"No provider serves '{model_name}' now.", type=SERVER)
         dialect: Dialect | None = exchange.route.dialect
@@ -359,6 +356,16 @@ class GatewayApp:
         )
         await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(receipt))
 
+    async def _serve_tokenize(self, exchange: Exchange) -> None:
+        if len(exchange.body) > tokenization.BODY_BYTES_MAX:
+            message = f"The request's body is larger than {tokenization.BODY_BYTES_MAX} bytes."
+            raise GatewayError(413, "request_too_large", message)
+        caller = exchange.caller
+        body = _parse_body(exchange.body)
+        offer, _price = _find_offer(body, caller, exchange.catalog, endpoint="tokenize")
+        tokenized = await self._tokenization.tokenize(body, offer.model, tenant_id=caller.tenant.tenant_id)
+        await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(tokenized))
+
     async def _serve_health(self, exchange: Exchange) -> None:
         await exchange.send_whole(200, [JSON_TYPE], b'{"status":"ok"}')
 
@@ -398,14 +405,32 @@ def _build_catalog_unavailable() -> GatewayError:
     return GatewayError(503, "catalog_unavailable", message, type=SERVER, headers=((b"retry-after", b"1"),))
 
 
-def _parse_request(exchange: Exchange, endpoint: str) -> CallRequest:
-    body = exchange.body
+def _find_offer(body: dict[str, Any], caller: Caller, catalog: Catalog, *, endpoint: str) -> tuple[Offer, PriceRecord]:
+    """Return the model that a request names and its price; raises GatewayError (400, 403, 404)."""
+    model_name = body.get("model")
+    if not isinstance(model_name, str) or not model_name:
+        raise GatewayError(400, "missing_model", "You must provide a model parameter.", param="model")
+    check_scope(caller, endpoint=endpoint, model_name=model_name)
+    offer = catalog.offers.get(model_name)
+    price = catalog.get_price(caller.tenant.tenant_id, offer.model.served_model_id) if offer else None
+    if offer is None or price is None:
+        raise _build_model_not_found(model_name)
+    return offer, price
+
+
+def _parse_body(body: bytes) -> dict[str, Any]:
     try:
         parsed = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise GatewayError(400, "invalid_json", "We could not parse the JSON body of your request.") from None
     if not isinstance(parsed, dict):
         raise GatewayError(400, "invalid_json", "The body of the request must be a JSON object.")
+    return parsed
+
+
+def _parse_request(exchange: Exchange, endpoint: str) -> CallRequest:
+    body = exchange.body
+    parsed = _parse_body(body)
     options = parsed.get("stream_options")
     return CallRequest(
         endpoint=endpoint,

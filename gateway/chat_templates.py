@@ -33,7 +33,7 @@ def render_llama3(request: dict[str, Any]) -> str | None:
         parts = [BEGIN]
         for message in read_messages(request):
             parts.append(_build_turn(message["role"], read_content(message).strip()))
-        parts.append(_build_header("assistant"))
+        parts.append(build_header("assistant"))
         return "".join(parts)
     except NotRenderableError:
         return None
@@ -80,7 +80,7 @@ def _render_llama31(request: dict[str, Any]) -> str:
         parts.append(_build_turn("user", _TOOLS_GUIDANCE + schemas + first))
     for message in messages:
         parts.append(_render_llama31_message(message))
-    parts.append(_build_header("assistant"))
+    parts.append(build_header("assistant"))
     return "".join(parts)
 
 
@@ -130,12 +130,13 @@ def read_content(message: dict[str, Any]) -> str:
     return "\n".join(texts)
 
 
-def _build_header(role: str) -> str:
+def build_header(role: str) -> str:
+    """Return what begins a turn of `role`; at the end of a prompt it asks for the assistant's."""
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
 def _build_turn(role: str, content: str) -> str:
-    return f"{_build_header(role)}{content}{END_OF_TURN}"
+    return f"{build_header(role)}{content}{END_OF_TURN}"
 
 
 def _to_json(value: Any, *, indent: int | None = None) -> str:

@@ -68,6 +68,11 @@ def load() -> Tokenizer:
     return tokenizer
 
 
+def encode(text: str) -> list[int]:
+    """Return the token ids of a text with special tokens taken as such."""
+    return load().encode(text, add_special_tokens=False).ids
+
+
 def count(text: str) -> int:
     """Return the tokens of a text with special tokens taken as such."""
-    return len(load().encode(text, add_special_tokens=False).ids)
+    return len(encode(text))
