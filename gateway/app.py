@@ -125,6 +125,12 @@ class GatewayApp:
         except GatewayError as error:
             self._telemetry.error_answers.add(1, (str(error.status), error.code))
             send_error(exchange, error)
+        except Exception:
+            log.exception("request %s failed inside the gateway", exchange.call_id)
+            if exchange.has_started:
+                exchange.cut()
+            else:
+                send_error(exchange, GatewayError(500, "internal_error", "The gateway failed.", type=SERVER))
 
     # Life
 

@@ -6,7 +6,6 @@ The relay knows nothing of it: it settles before the last bytes, `data: [DONE]`,
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -28,7 +27,7 @@ def translate_request(request: CallRequest, dialect: Dialect) -> CallRequest:
     """Return a tenant's request as a chat completion; raises GatewayError (400)."""
     chat = dialect.read_request(request.json)
     # The usage that the client sees is the one on record, not the provider's chunk.
-    return replace(
+    return msgspec.structs.replace(
         request, endpoint="chat.completions", body=msgspec.json.encode(chat), json=chat, client_asked_usage=False
     )
 
