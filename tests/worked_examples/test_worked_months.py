@@ -7,13 +7,10 @@ import pytest
 from django.db import connection
 
 from billing.core.periods import Month
-from billing.models import Invoice, JournalEntry, RateCard, SettlementPeriod, Statement, StatementLine
+from billing.models import Invoice, JournalEntry, RateCard, Statement, StatementLine
 from billing.selectors.ledger import get_trial_balance_difference, sum_postings
 from billing.services.accruals import accrue_period
 from billing.services.closing import close_period
-from billing.services.invoice_drafts import draft_invoices
-from billing.services.invoices import finalize_invoices
-from billing.services.statements import build_statements, finalize_statements
 from tests.billing import scenario
 from tests.end_to_end.oracle import recompute_month
 
@@ -235,41 +232,3 @@ def test_late_event_that_tips_a_cent(world):
     on_time = recompute_month(connection, "2026-10")["invoices"]["acme"]["total_minor"]
     assert sum(Invoice.objects.values_list("total_minor", flat=True)) == on_time == 1
     check_books()
-
-
-def test_correction_that_takes_usage_back(world):
-    """A provider counted 2,000,000 output tokens too many in October; in November the rollup is corrected.
-
-    Rollups are written by hand here, so the month is worked service by service and not closed.
-    """
-    upstream, acme = world.upstream(UPSTREAM), world.tenant("acme")
-    scenario.add_usage(acme, upstream, on=date(2026, 10, 10), input_tokens=12_000_000, output_tokens=3_000_000)
-    settle(OCTOBER)
-    scenario.add_usage(acme, upstream, on=date(2026, 10, 10), output_tokens=-2_000_000)
-    accrue_period(OCTOBER)
-    settle(NOVEMBER)
-    # −2 × 4.00 = −8.00: a credit of what October invoiced.
-    invoice = Invoice.objects.get(period_start=NOVEMBER.start)
-    line = invoice.lines.get()
-    assert (line.category, line.origin_period, line.quantity_tokens) == ("ADJUSTMENT", "2026-10", -2_000_000)
-    assert (line.amount_minor, invoice.total_minor) == (-800, -800)
-    # −2 × 3.50 = −7.00 from Bedrock. Meta to date: 5 % of 40.00 − 35.30 = 0.235 → 0.24, less the 0.29 stated: −0.05.
-    lines = StatementLine.objects.filter(statement__period_start=NOVEMBER.start)
-    assert {line.statement.party.slug: (line.amount_unrounded, line.amount_minor) for line in lines} == {
-        "bedrock": (Decimal("-7.00"), -700),
-        "meta": (Decimal("-0.05"), -5),
-    }
-    # 48.00 − 8.00 is owed; all that was accrued is invoiced.
-    assert sum_postings(account="1100") == {(): Decimal("40.00")}
-    check_books()
-
-
-def settle(month):
-    """Accrue, cut off and finalize a month."""
-    accrue_period(month)
-    drafts = draft_invoices(month)
-    build_statements(month)
-    SettlementPeriod.objects.filter(period_start=month.start).update(status="SOFT_CLOSED")
-    finalize_invoices([draft.pk for draft in drafts], actor_name="test")
-    finalize_statements(month)
-    SettlementPeriod.objects.filter(period_start=month.start).update(status="CLOSED")
