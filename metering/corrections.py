@@ -35,9 +35,10 @@ from metering.errors import (
     StaleCorrectionError,
 )
 from metering.event_partitions import ensure_event_partitions
+from metering.event_rows import Arrival
 from metering.models import QuarantinedEvent, Recording, UsageCorrection, UsageEvent
 from metering.names import list_names
-from metering.recording import Arrival, ArrivalState, EventRecorder, RecordingOrigin
+from metering.recording import ArrivalState, EventRecorder, RecordingOrigin
 from metering.retries import run_with_retries
 from metering.selectors import get_usage_event
 from metering.sequences import lock_import_producer, write_progress
