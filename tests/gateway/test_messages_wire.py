@@ -228,6 +228,13 @@ def test_a_client_that_leaves_is_billed_what_was_emitted(stack: Stack) -> None:
     assert 20 <= output_tokens < 60
 
 
+def test_a_server_error_is_tried_again_and_each_try_is_an_event(stack: Stack) -> None:
+    with pytest.raises(anthropic.InternalServerError) as caught:
+        ask(build_client(stack, max_retries=1), extra_body={"sandbox": {"fault": "http_500"}})
+    assert caught.value.response.request.headers["x-stainless-retry-count"] == "1"
+    assert [event.outcome for event in read_events(stack.redis)] == ["upstream_error"] * 2
+
+
 def test_both_headers_carry_a_key_and_authorization_goes_first(stack: Stack) -> None:
     body = {"model": MODEL, "max_tokens": 5, "messages": HI}
     response, message = send_raw(stack, "/v1/messages", body)
