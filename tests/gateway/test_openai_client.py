@@ -112,7 +112,10 @@ def test_a_timeout_of_the_client_is_an_aborted_call(stack: Stack) -> None:
         )
     (event,) = wait_for_events(stack.redis, 1)
     assert (event.outcome, event.usage_source, event.input_tokens, event.output_tokens) == (
-        "client_aborted", "counted", 11, 0,
+        "client_aborted",
+        "counted",
+        11,
+        0,
     )
 
 
