@@ -66,7 +66,7 @@ def cloud(stack: Stack) -> Iterator[ReplayingCloud]:
 def call(stack: Stack, cloud: ReplayingCloud, path: str, stream: bytes) -> tuple[int, bytes, UsageEvent]:
     """Return status and bytes (without what is the call's own) of one streamed call, and its event."""
     cloud.replies[PATH] = ("text/event-stream", stream)
-    connection = http.client.HTTPConnection("127.0.0.1", stack.gateway.port)
+    connection = http.client.HTTPConnection("127.0.0.1", stack.gateway.port, timeout=10)
     body = json.dumps({"model": MODEL, "stream": True, **BODIES[path]})
     connection.request("POST", path, body=body, headers={"authorization": f"Bearer {stack.api_key}"})
     response = connection.getresponse()

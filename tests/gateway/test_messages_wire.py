@@ -54,7 +54,7 @@ def send_stream(stack: Stack, body: Any, **headers: str) -> tuple[Any, bytes]:
 
 
 def exchange(stack: Stack, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[Any, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", stack.gateway.port)
+    connection = http.client.HTTPConnection("127.0.0.1", stack.gateway.port, timeout=10)
     sent = {"x-api-key": stack.api_key, "anthropic-version": "2023-06-01", "content-type": "application/json"}
     connection.request(method, path, body=json.dumps(body), headers=sent | headers)
     response = connection.getresponse()
