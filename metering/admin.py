@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,7 @@ from metering.models import (
     ConflictingEvent,
     CorrectionDelta,
     DeadLetter,
+    ExportedDay,
     HourlyCount,
     Producer,
     QuarantinedEvent,
@@ -328,6 +330,19 @@ class RecordingAdmin(MeteringAdmin):
     )
     list_filter = ("kind",)
     exclude = ("xid",)
+
+
+@admin.register(ExportedDay)
+class ExportedDayAdmin(MeteringAdmin):
+    """Files of raw events; those with a time of detachment stand for their day."""
+
+    list_display = ("day", "part", "event_count", "file_bytes", "path", "exported_at", "detached_at")
+    list_filter = (("day", admin.DateFieldListFilter),)
+    list_select_related = ("detachment",)
+
+    @admin.display(description="detached at", ordering="detachment__detached_at", empty_value="—")
+    def detached_at(self, row: ExportedDay) -> datetime | None:
+        return row.detachment.detached_at if hasattr(row, "detachment") else None
 
 
 @admin.register(HourlyCount)

@@ -25,6 +25,7 @@ from django.db import connection, transaction
 from metering.core.windows import compute_call_id_bounds
 from metering.errors import DigestError
 from metering.models import Digest
+from metering.retention.reading import create_exported_table, load_exported_days
 from metering.selectors import get_watermark
 
 KIND = "tollbook-metering-digest"
@@ -41,7 +42,7 @@ _HASH_BY_TENANT = f"""
 SELECT tenant_id, count(*), sum(input_tokens), sum(output_tokens),
     encode(sha256(string_agg(sha256(convert_to(jsonb_build_array({", ".join(_COLUMNS)})::text, 'UTF8')),
         ''::bytea ORDER BY call_id)), 'hex')
-FROM metering_usage_event event
+FROM {{events}} event
 WHERE call_id >= %(call_id_min)s AND call_id < %(call_id_end)s AND recording_id IN (
     SELECT id FROM metering_recording WHERE id <= %(recording_id_max)s AND xid < (%(watermark)s::text)::xid8
 )
@@ -108,8 +109,11 @@ def list_tenant_hashes(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "recording_id_max": facts["recording_id_max"],
         "watermark": facts["watermark"],
     }
-    with connection.cursor() as cursor:
-        cursor.execute(_HASH_BY_TENANT, parameters)
+    create_exported_table()
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("LOCK TABLE metering_usage_event IN ACCESS SHARE MODE")
+        events = load_exported_days(day, day + timedelta(days=1))
+        cursor.execute(_HASH_BY_TENANT.format(events=events), parameters)
         return {
             str(tenant_id): {
                 "events": events,

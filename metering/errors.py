@@ -8,6 +8,9 @@ MeteringError
 ├── ImportFormatError          a file is not an import file at all
 ├── ReportFormatError          a file is no usage report of the named format, or of another period
 ├── UsageQuestionError         a question about usage that has no answer; `parameter` says which part of it
+├── ExportUnreadableError      an export of raw events is missing or damaged
+├── ExportBusyError            another export is running
+├── ExportDifferentError       an export is not what the database holds
 ├── DigestError                a digest is not what it says, or not signed by whom it should be
 └── CorrectionError            a correction was refused, and nothing of it recorded
     ├── CallUnknownError           no such call is recorded
@@ -128,3 +131,21 @@ class ReportFormatError(MeteringError):
     """The file cannot be read as a provider's report, or what was declared about it does not fit."""
 
     code = "report_format"
+
+
+class ExportUnreadableError(MeteringError):
+    """An export that stands for a detached day cannot be read. The message says which file to bring back."""
+
+    code = "export_unreadable"
+
+
+class ExportBusyError(MeteringError):
+    """Another process exports raw events. One does at a time."""
+
+    code = "export_busy"
+
+
+class ExportDifferentError(MeteringError):
+    """An export does not hold exactly the events of its day. Nothing was detached or dropped."""
+
+    code = "export_different"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import partial
 
 from django.db import connection, transaction
@@ -13,9 +13,12 @@ from metering.core.attribution import EVENT_AGE_DAYS_MAX, EVENT_AHEAD_US_MAX
 from metering.core.windows import US_PER_DAY, get_utc_day
 
 DAYS_AHEAD = 7
+# Younger days are never detached, so it may be remembered that they have a partition.
+RETENTION_DAYS_MIN = 35
 
-# Days known to have a partition; partitions are not dropped while events of their day are accepted.
+# Days known to have a partition; older ones are looked up each time, for they may be detached (`retention/`).
 _known_days: set[date] = set()
+_RETENTION_LOCK = "metering_event_retention"  # also named in the function that detaches
 
 
 def ensure_event_partitions(events: Iterable[UsageEvent], *, now_us: int) -> list[date]:
@@ -26,7 +29,20 @@ def ensure_event_partitions(events: Iterable[UsageEvent], *, now_us: int) -> lis
     """
     first_us, last_us = now_us - EVENT_AGE_DAYS_MAX * US_PER_DAY, now_us + EVENT_AHEAD_US_MAX
     days = {event.occurred_at_us // US_PER_DAY for event in events if first_us <= event.occurred_at_us <= last_us}
+    if days and min(days) < get_detachable_end(now_us):
+        hold_back_retention()
     return create_event_partitions(sorted(get_utc_day(day * US_PER_DAY) for day in days))
+
+
+def hold_back_retention() -> None:
+    """Keep every day from being detached until the transaction ends, because it writes into an old one."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock_shared(hashtextextended(%s, 0))", [_RETENTION_LOCK])
+
+
+def get_detachable_end(now_us: int) -> int:
+    """Return the day, counted from 1970, from which on no partition can have been detached."""
+    return now_us // US_PER_DAY - RETENTION_DAYS_MIN + 1
 
 
 def create_partitions_ahead(today: date) -> list[date]:
@@ -37,8 +53,9 @@ def create_partitions_ahead(today: date) -> list[date]:
 def create_event_partitions(days: Iterable[date]) -> list[date]:
     """Make the partitions of these UTC days where they are missing; return the days that were new."""
     created = []
+    young = datetime.now(UTC).date() - timedelta(days=RETENTION_DAYS_MIN - 1)
     for day in days:
-        if day in _known_days:
+        if day >= young and day in _known_days:
             continue
         with connection.cursor() as cursor:
             cursor.execute("SELECT metering_create_event_partition(%s)", [day])

@@ -12,6 +12,7 @@ from django.db.models.functions import Now
 from metering.correction_tables import CorrectionDelta, UsageCorrection
 from metering.ingestion_sources import IngestionSource
 from metering.reconciliation.models import ProviderReport, ReconciliationFinding
+from metering.retention.models import DetachedPartition, ExportedDay
 from metering.transaction_ids import Xid8Field
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "ConflictingEvent",
     "CorrectionDelta",
     "DeadLetter",
+    "DetachedPartition",
     "Digest",
+    "ExportedDay",
     "ExternalIdentity",
     "HourlyCount",
     "IngestionSource",
@@ -47,6 +50,8 @@ INSERT_ONLY_TABLES = (
     "metering_usage_correction",
     "metering_correction_delta",
     "metering_reconciliation_finding",
+    "metering_exported_day",
+    "metering_detached_partition",
 )
 
 

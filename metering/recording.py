@@ -24,6 +24,7 @@ from metering.core.aggregation import sum_events
 from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason, find_quarantine_reason
 from metering.core.windows import US_PER_HOUR, compute_call_id_floor, get_instant
 from metering.errors import UnstorableEntryError
+from metering.event_partitions import get_detachable_end
 from metering.event_rows import Arrival, EventGroup, EventRow, EventSorter, SortedArrivals, copy_rows, pack_arrival
 from metering.models import Recording
 from metering.quarantine_rows import (
@@ -43,6 +44,7 @@ from metering.recording_sql import (
     add_to_rollups,
     write_hourly_counts,
 )
+from metering.retention.reading import ALL_EVENTS, load_exported_calls
 
 _COUNTED_NOW = frozenset(
     {
@@ -128,6 +130,9 @@ class EventRecorder:
         self._hourly: Counter[tuple[int, int, str]] = Counter()
         # Tenant and hour of the arrivals that are not counted where they say they happened, by position.
         self._counted_in: dict[int, tuple[int, int]] = {}
+        # Call ids of arrivals that are recorded in exports of old days, and where all events can be read.
+        self._exported: set[str] = set()
+        self._all_events = "metering_usage_event"
 
     def record(
         self,
@@ -148,6 +153,7 @@ class EventRecorder:
             self._result = RecordingResult(cursor.fetchone()[0], [ArrivalState.ROLLED_UP] * len(arrivals))
             try:
                 sorted_out = self._sort_out()
+                self._look_into_exports()
                 self._record_rows(cursor, sorted_out)
                 self._hold(cursor, sorted_out.held)
                 self._insert_superseded(superseded)
@@ -174,13 +180,25 @@ class EventRecorder:
             self._hourly[*counted_in, "received"] += 1
         return sorted_out
 
+    def _look_into_exports(self) -> None:
+        """Find out which arrivals of old days are recorded in exports: those are no longer in the table."""
+        oldest_hour = min((hour for _, hour, _ in self._hourly), default=None)
+        if oldest_hour is None or oldest_hour // 24 >= get_detachable_end(self._now_us):
+            return
+        self._exported = load_exported_calls(arrival.event.call_id for arrival in self._arrivals)
+        if self._exported:
+            self._all_events = ALL_EVENTS
+
     def _count(self, counts: Mapping[EventGroup, int], column: str) -> None:
         for group, count in counts.items():
             self._hourly[*group.counted_in, column] += count
 
     def _record_rows(self, cursor: Any, sorted_out: SortedArrivals) -> None:
         """Insert and sum what is new; settle what is not."""
-        inserted = self._insert_events(cursor, sorted_out.fresh)
+        fresh = sorted_out.fresh
+        if self._exported:
+            fresh = [row for row in fresh if row[1].call_id not in self._exported]
+        inserted = self._insert_events(cursor, fresh)
         failpoints.reach("after_insert")
         sums = sum_events((event, group) for _, event, group, _ in inserted)
         add_to_rollups(cursor, _merge_cells(sums))
@@ -227,7 +245,7 @@ class EventRecorder:
             "call_id_min": compute_call_id_floor(min(times_us)),
             "call_id_end": compute_call_id_floor(max(times_us) + 1000),
         }
-        cursor.execute(COMPARE_STAGED, bounds)
+        cursor.execute(COMPARE_STAGED.format(events=self._all_events), bounds)
         other, missing = [], []
         for position, is_same in sorted(cursor.fetchall()):
             if is_same:
@@ -259,7 +277,7 @@ class EventRecorder:
             return
         with_call_id = [p for p, reason in held if reason != QuarantineReason.CALL_ID_MALFORMED]
         call_ids = [self._arrivals[position].event.call_id for position in with_call_id]
-        cursor.execute(LIST_SAME_CALL_IDS, {"call_ids": call_ids})
+        cursor.execute(LIST_SAME_CALL_IDS.format(events=self._all_events), {"call_ids": call_ids})
         recorded = {str(row[0]): row[1:] for row in cursor.fetchall()}
         conflicting, unseen = [], []
         for position, reason in held:

@@ -41,7 +41,7 @@ COMPARE_STAGED = f"""
 SELECT arriving.arrival, recorded.is_same
 FROM {STAGING_TABLE} arriving
 LEFT JOIN LATERAL (
-    SELECT {_CONTENT} AS is_same FROM metering_usage_event event
+    SELECT {_CONTENT} AS is_same FROM {{events}} event
     WHERE event.call_id = arriving.call_id
         AND event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s OFFSET 0
 ) recorded ON true
@@ -83,7 +83,7 @@ def add_to_rollups(cursor: Any, cells: Mapping[tuple[Any, ...], Sequence[int]]) 
 LIST_SAME_CALL_IDS = """
 SELECT call_id, tenant_id, api_key_id, served_model_id, provider_id, upstream_id, occurred_at, outcome,
     input_tokens, cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens
-FROM metering_usage_event WHERE call_id = ANY(%(call_ids)s::uuid[])
+FROM {events} event WHERE call_id = ANY(%(call_ids)s::uuid[])
 """
 
 _COUNT_COLUMNS = ("received", "rolled_up", "quarantined", "conflicts", "duplicates", "superseded")

@@ -17,6 +17,7 @@ from metering.models import (
     StreamPartition,
     UsageEvent,
 )
+from metering.retention.reading import get_exported_event
 from metering.stream import StreamState, get_streams
 
 
@@ -24,12 +25,12 @@ def get_usage_event(call_id: uuid.UUID | str, *, tenant_id: int | None = None) -
     """Return the raw event of a call, or None; with `tenant_id`, only where it is that tenant's.
 
     The only way to one raw event, wherever it is kept. The id holds its time, so one day's partition is searched,
-    by key. Raises ValueError where it is no UUID.
+    by key, and where the day was exported, a part of its file. Raises ValueError where it is no UUID,
+    ExportUnreadableError.
     """
-    events = UsageEvent.objects.filter(call_id=uuid.UUID(str(call_id)))
-    if tenant_id is not None:
-        events = events.filter(tenant_id=tenant_id)
-    return events.first()
+    call_id = uuid.UUID(str(call_id))
+    event = UsageEvent.objects.filter(call_id=call_id).first() or get_exported_event(call_id)
+    return event if event is not None and tenant_id in (None, event.tenant_id) else None
 
 
 def get_quarantined_event(call_id: uuid.UUID | str, *, tenant_id: int | None = None) -> QuarantinedEvent | None:

@@ -17,18 +17,21 @@ from metering.quarantine import (
     release_quarantined_events,
     void_quarantined_events,
 )
+from metering.retention.exporting import DayResult, export_old_days
 from metering.rolling_up import roll_up
 
 __all__ = [
     "CorrectionKind",
     "CorrectionPreview",
     "CorrectionRequest",
+    "DayResult",
     "DrainResult",
     "RecordedCorrection",
     "ReleaseResult",
     "create_partitions_ahead",
     "drain_partition",
     "ensure_stream_partitions",
+    "export_old_days",
     "preview_correction",
     "record_correction",
     "release_attributable_events",

@@ -15,6 +15,8 @@ from django.db import connection
 
 from metering.core.aggregation import UsageSums
 from metering.core.windows import compute_call_id_bounds
+from metering.errors import UsageQuestionError
+from metering.retention.reading import list_exports
 
 GROUP_COLUMNS = (
     "tenant_id",
@@ -151,9 +153,13 @@ def select_usage(
     after: Sequence[Any] | None = None,
     rows_max: int | None = None,
 ) -> list[tuple[Any, ...]]:
-    """Return rows of the groupings' values and the sums, in the order of the groupings; `is_raw` reads raw events."""
+    """Return rows of the groupings' values and the sums, in the order of the groupings; `is_raw` reads raw events.
+
+    Raises UsageQuestionError where `is_raw` and raw events of the days were exported: an answer would lack them.
+    """
     source = RAW_EVENTS if is_raw else ROLLUPS
     sql, parameters = build_usage_query(usage_filter, group_by, source=source, after=after, rows_max=rows_max)
+    bounds = (date.max, date.max)
     if is_raw:
         assert usage_filter.period_start is not None
         assert usage_filter.period_end is not None
@@ -164,7 +170,14 @@ def select_usage(
         parameters["raw_tenant_ids"] = list(usage_filter.tenant_ids or ())
     with connection.cursor() as cursor:
         cursor.execute(sql, parameters)
-        return cursor.fetchall()
+        rows = cursor.fetchall()
+    # Looked up after the events were read: a day that was detached meanwhile is seen here.
+    exports = list_exports(*bounds) if is_raw else []
+    if exports:
+        raise UsageQuestionError(
+            "start", f"the calls of {exports[0].day} are kept in an export: ask by day, without hours and labels"
+        )
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from metering.core.attribution import AttributionCatalog, build_attribution_cata
 from metering.core.windows import compute_call_id_bounds, compute_usage_day, get_at_us
 from metering.errors import CatalogMissingError
 from metering.models import CatalogSnapshotRecord
+from metering.retention.reading import create_exported_table, load_exported_days
 
 DIFFERENCES_MAX = 50
 # No zone is further than this from UTC.
@@ -88,7 +89,7 @@ _ROLLUPS = _Check(
             SELECT {_CELL}, {", ".join(f"sum({name}) AS computed_{name}" for name in _SUMS)}
             FROM (
                 SELECT {_CELL}, count(*) AS calls, {", ".join(f"sum({name}) AS {name}" for name in _SUMS[1:])}
-                FROM metering_usage_event
+                FROM {{events}} event
                 WHERE usage_on >= %(start)s AND usage_on < %(end)s
                     AND call_id >= %(call_id_min)s AND call_id < %(call_id_end)s
                 GROUP BY {_CELL}
@@ -127,7 +128,7 @@ _CORRECTIONS = _Check(
         -- A backfill's own usage is its raw event: the same numbers, and so no delta.
         SELECT correction.id, {", ".join(f"event.{name}" for name in _CELL_NAMES)},
             -1, {", ".join(f"-event.{name}" for name in _SUMS[1:])}
-        FROM correction JOIN metering_usage_event event ON event.call_id = correction.call_id
+        FROM correction JOIN {{events}} event ON event.call_id = correction.call_id
         WHERE correction.supersedes_id IS NULL
             AND event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s
     ), sums AS (
@@ -160,7 +161,7 @@ _COUNTS = _Check(
         FROM (
             SELECT tenant_id, date_trunc('hour', occurred_at, 'UTC') AS hour, count(*) AS events, 0 AS held,
                 0 AS conflicting, 0 AS rolled_up, 0 AS quarantined, 0 AS conflicts
-            FROM metering_usage_event
+            FROM {{events}} event
             WHERE occurred_at >= %(first_at)s AND occurred_at < %(end_at)s
                 AND call_id >= %(call_id_min)s AND call_id < %(call_id_end)s
             GROUP BY 1, 2
@@ -188,7 +189,7 @@ _CALL_TIMES = _Check(
     f"""
     SELECT format('call %%s of tenant %%s', call_id, tenant_id), 'the milliseconds of its call id',
         occurred_at::text
-    FROM metering_usage_event
+    FROM {{events}} event
     WHERE call_id >= %(call_id_min)s AND call_id < %(call_id_end)s
         AND occurred_at >= %(first_at)s AND occurred_at < %(end_at)s
         AND ('x' || left(replace(call_id::text, '-', ''), 12))::bit(48)::bigint
@@ -260,7 +261,7 @@ _CURSOR_CHAIN = _Check(
 # By the newest catalog's zones. What differs is looked at again with the catalog it was recorded under.
 _DAYS = """
 SELECT event.call_id, event.tenant_id, event.occurred_at, event.usage_on, recording.catalog_version
-FROM metering_usage_event event
+FROM {events} event
 JOIN unnest(%(tenant_ids)s::bigint[], %(zones)s::text[]) tenant(id, zone) ON tenant.id = event.tenant_id
 JOIN metering_recording recording ON recording.id = event.recording_id
 WHERE event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s
@@ -276,7 +277,8 @@ def verify_period(
 ) -> VerificationReport:
     """Compare everything of the billing days `[period_start, period_end)`, and all sequences and cursors.
 
-    Reads one snapshot of the database, so recording goes on meanwhile. `progress` is told each check's name.
+    Reads one snapshot of the database, so recording goes on meanwhile. Days that were exported are read from their
+    files. `progress` is told each check's name. Raises ExportUnreadableError.
     """
     first_day, end_day = period_start - _ZONE_MARGIN, period_end + _ZONE_MARGIN
     call_id_min, call_id_end = compute_call_id_bounds(first_day, end_day)
@@ -289,7 +291,10 @@ def verify_period(
         "call_id_end": call_id_end,
     }
     report = VerificationReport(period_start, period_end)
+    create_exported_table()
     with _one_snapshot() as cursor:
+        progress("exports")
+        events = load_exported_days(first_day, end_day)
         cursor.execute(
             "SELECT coalesce(sum(calls), 0)::bigint, count(*) FROM metering_usage_rollup "
             "WHERE usage_on >= %(start)s AND usage_on < %(end)s",
@@ -298,10 +303,10 @@ def verify_period(
         report.events, report.cells = cursor.fetchone()
         for check in _CHECKS:
             progress(check.kind)
-            cursor.execute(check.sql, parameters)
+            cursor.execute(check.sql.format(events=events), parameters)
             report.differences += [Difference(check.kind, *row) for row in cursor.fetchall()]
         progress("usage_day")
-        report.differences += _list_wrong_days(cursor, parameters)
+        report.differences += _list_wrong_days(cursor, events, parameters)
     return report
 
 
@@ -312,17 +317,19 @@ def _one_snapshot() -> Iterator[Any]:
         # Inside a caller's transaction the level cannot be changed any more.
         if not connection.savepoint_ids:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        # Before the snapshot is taken: no day leaves the table between it and the list of exports.
+        cursor.execute("LOCK TABLE metering_usage_event IN ACCESS SHARE MODE")
         yield cursor
 
 
-def _list_wrong_days(cursor: Any, parameters: dict[str, Any]) -> list[Difference]:
+def _list_wrong_days(cursor: Any, events: str, parameters: dict[str, Any]) -> list[Difference]:
     """Events whose billing day is not that of their tenant's zone when they were recorded."""
     try:
         tenants = load_catalog().snapshot.tenants
     except CatalogMissingError:
         return []
     tenant_ids, zones = [t.tenant_id for t in tenants], [t.timezone for t in tenants]
-    cursor.execute(_DAYS, parameters | {"tenant_ids": tenant_ids, "zones": zones})
+    cursor.execute(_DAYS.format(events=events), parameters | {"tenant_ids": tenant_ids, "zones": zones})
     candidates = cursor.fetchall()
     catalogs: dict[int, AttributionCatalog] = {}
     differences = []

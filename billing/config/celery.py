@@ -19,6 +19,12 @@ BILLING_SCHEDULE: dict[str, dict[str, Any]] = {
         "schedule": 15.0,
         "options": {"expires": 15.0},
     },
+    # After the digests of the night.
+    "metering-export": {
+        "task": "billing.tasks.export_usage_events_task",
+        "schedule": crontab(hour=3, minute=45),
+        "options": {"expires": 3600.0},
+    },
     "billing-accrue": {
         "task": "billing.tasks.accrue_all_task",
         "schedule": crontab(minute="*/10"),

@@ -164,10 +164,6 @@ SPECTACULAR_SETTINGS = {
     "DESCRIPTION": "Invoices and usage. A tenant calls with one of its API keys and sees what is its own.",
     "VERSION": "1",
     "OAS_VERSION": "3.1.0",
-    "POSTPROCESSING_HOOKS": [
-        "drf_spectacular.hooks.postprocess_schema_enums",
-        "metering.api.usage_event_schema.require_body",
-    ],
     "SERVE_INCLUDE_SCHEMA": False,
     "SCHEMA_PATH_PREFIX": "/api/v1",
     # The pages come from the installed package: no other host is ever asked.
@@ -186,6 +182,14 @@ CELERY_TIMEZONE = "UTC"
 
 # The web process serves /metrics to whoever has it; without it there is no such page.
 METRICS_TOKEN = env.str("TOLLBOOK_METRICS_TOKEN", default="")
+
+# Raw events older than this are exported and taken out of the database, once their months are closed; 0 keeps all.
+METERING_RETENTION_DAYS = env.int("TOLLBOOK_METERING_RETENTION_DAYS", default=0)
+METERING_EXPORT_DIR = Path(env.str("TOLLBOOK_METERING_EXPORT_DIR", default=str(DATA_DIR / "usage-events")))
+if METERING_RETENTION_DAYS and METERING_RETENTION_DAYS < 35:
+    raise ImproperlyConfigured(
+        f"TOLLBOOK_METERING_RETENTION_DAYS is {METERING_RETENTION_DAYS}: set 35 or more, or 0 to keep all events."
+    )
 
 GATEWAY_URL = env.str("TOLLBOOK_GATEWAY_URL", default="")
 SANDBOX_URL = env.str("TOLLBOOK_SANDBOX_URL", default="")

@@ -82,10 +82,7 @@ class _MessageStream(ChatStreamReader):
         self._tool_blocks: dict[int, int] = {}
 
     def begin(self) -> None:
-        message = _build_message(self._answering, [])
-        # How much has come in the first read does not belong here: the final count comes with `message_delta`.
-        message["usage"]["output_tokens"] = 0
-        self._send("message_start", message=message)
+        self._send("message_start", message=_build_message(self._answering, []))
 
     def say(self, text: str) -> None:
         if self._open_kind != "text":

@@ -24,6 +24,7 @@ from metering.reconciliation import matching_sql as sql
 from metering.reconciliation.models import ProviderReport
 from metering.reconciliation.provider_rows import ReportFormat
 from metering.reconciliation.report_files import PlacedRow, ReadCounts, Rejects, ReportReader, hash_files
+from metering.retention.reading import create_exported_table, load_exported_days
 
 FORMATS = {item.name: item for item in (bedrock_log.FORMAT, azure_cost.FORMAT, bailian_bill.FORMAT)}
 FORMAT_NAMES = (*FORMATS, "csv")
@@ -114,6 +115,7 @@ def reconcile_report(
                     f"no row of the report bills tokens in {request.period_start:%Y-%m}: {counts.rows:,} rows of other "
                     f"days, {counts.unbilled:,} that bill none, {sum(counts.rejected.values()):,} rejected"
                 )
+            create_exported_table()
             with transaction.atomic():
                 report = _compare(cursor, comparison, progress)
                 report.files_sha256 = files_sha256
@@ -212,8 +214,10 @@ def _compare(cursor: Any, comparison: _Comparison, progress: Callable[[str], Non
     progress("our events")
     cursor.execute("ANALYZE metering_billed")
     cursor.execute(sql.CREATE_RECORDED)
+    cursor.execute("LOCK TABLE metering_usage_event IN ACCESS SHARE MODE")
+    source = load_exported_days(request.period_start - _MARGIN, request.period_end + _MARGIN)
     for statement in (sql.INSERT_CALLS, sql.INSERT_ATTEMPTS):
-        cursor.execute(statement.format(source="metering_usage_event"), parameters)
+        cursor.execute(statement.format(source=source), parameters)
     cursor.execute("ANALYZE metering_recorded")
     progress("match")
     cursor.execute(sql.CREATE_PAIRS)

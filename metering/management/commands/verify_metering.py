@@ -11,6 +11,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from metering.core.windows import get_month, parse_month
+from metering.errors import ExportUnreadableError
 from metering.verification import VerificationReport, verify_period
 
 
@@ -32,7 +33,10 @@ class Command(BaseCommand):
             start, end = parse_month(text) if text else get_month(datetime.now(UTC).date())
         except ValueError as error:
             raise CommandError(str(error)) from error
-        report = verify_period(start, end)
+        try:
+            report = verify_period(start, end)
+        except ExportUnreadableError as error:
+            raise CommandError(str(error)) from error
         self.stdout.write(_to_json(report) if options["json"] else _to_text(report))
         if not report.is_equal:
             sys.exit(1)
