@@ -13,7 +13,7 @@ from billing.core.periods import Month
 from billing.core.rate_cards import build_segments
 from billing.models import Tenant
 from gateway.contract.token_kind import split_token_kinds
-from metering.models import QuarantinedEvent
+from metering.models import QuarantinedEvent, UsageRollup
 from metering.selectors import get_metering_state
 from metering.usage_sums import Grouping, UsageFilter, list_used, select_usage
 from metering.usage_sums import has_usage as metering_has_usage
@@ -58,9 +58,12 @@ def list_usage_segments(
 
 
 def list_usage_months(start: date, end: date) -> list[Month]:
-    """Return the months of days `[start, end)` that have any usage, oldest first."""
-    by_month = Grouping("date_trunc('month', usage_on)::date")
-    return [Month.of(day) for day in list_used(UsageFilter(period_start=start, period_end=end), by_month)]
+    """Return the months of days `[start, end)` that have or had any usage, oldest first.
+
+    A month that corrections emptied is one of them: what was accrued for it has to be taken back.
+    """
+    days = UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end)
+    return [Month.of(day) for day in days.dates("usage_on", "month")]
 
 
 def has_usage(
