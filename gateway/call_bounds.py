@@ -41,25 +41,25 @@ async def bound_call(call: Call) -> None:
     Input is bounded by the body's size, output by the request's own limit or the model's, times the choices. Raises
     GatewayError (400) where limits apply and a bound is not a number that every server reads alike.
     """
-    body = call.request.json
+    request = call.request
+    body = request.json
     context = call.model.context_tokens_max or TOKENS_MAX
     must_hold = call.caller.limits_tokens
-    prompts = _count_prompts(body.get(_PROMPT_NAMES.get(call.request.endpoint, "")))
+    prompt_name = _PROMPT_NAMES.get(request.endpoint)
+    prompts = 1 if prompt_name is None else _count_prompts(body.get(prompt_name))
     input_tokens = context * prompts
     call.window_tokens = call.model.context_tokens_max * prompts
     if not _has_other_than_text(body.get("messages")):
-        input_tokens = min(estimate_input_tokens(len(call.request.body)), input_tokens)
+        input_tokens = min(estimate_input_tokens(len(request.body)), input_tokens)
     output_tokens = 0
-    names = _BOUND_NAMES.get(call.request.endpoint)
+    names = _BOUND_NAMES.get(request.endpoint)
     if names is not None:
-        if must_hold:
-            _check_numbers(body, names)
-        asked = max((count for name in names if (count := _read_count(body.get(name)))), default=None)
+        asked = _read_largest(body, names, must_be_number=must_hold)
         bound = min(asked or call.model.output_tokens_max, context)
         if must_hold:
             bound = await _cap(call, names, asked=asked, bound=bound, input_tokens_max=input_tokens)
-        choices = max(_read_count(body.get(name)) or 1 for name in _CHOICE_NAMES)
-        output_tokens = bound * min(choices, CHOICES_MAX) * prompts
+        choices = _read_largest(body, _CHOICE_NAMES, must_be_number=must_hold, count_max=CHOICES_MAX)
+        output_tokens = bound * min(choices or 1, CHOICES_MAX) * prompts
     call.estimate_tokens = input_tokens + output_tokens
     call.estimate_nano = compute_estimate_nano(call.price, input_tokens=input_tokens, output_tokens=output_tokens)
 
@@ -114,16 +114,26 @@ def _append_members(body: bytes, members: dict[str, int]) -> bytes:
     return head + b"," + msgspec.json.encode(members)[1:]
 
 
-def _check_numbers(body: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Refuse what some servers read as another number than we do: text, fractions, truth values, 0 for no bound."""
-    for name, maximum in (*((name, None) for name in names), *((name, CHOICES_MAX) for name in _CHOICE_NAMES)):
+def _read_largest(
+    body: dict[str, Any], names: tuple[str, ...], *, must_be_number: bool, count_max: int | None = None
+) -> int | None:
+    """Return the largest of a request's members that are positive integers, or None.
+
+    `must_be_number` refuses what some servers read as another number than we do: text, fractions, truth values, 0 for
+    no bound, and what is above `count_max`.
+    """
+    largest: int | None = None
+    for name in names:
         value = body.get(name)
         if value is None:
             continue
         count = _read_count(value)
-        if count is None or (maximum is not None and count > maximum):
-            wanted = "a positive integer" if maximum is None else f"an integer from 1 to {maximum}"
+        if must_be_number and (count is None or (count_max is not None and count > count_max)):
+            wanted = "a positive integer" if count_max is None else f"an integer from 1 to {count_max}"
             raise GatewayError(400, "invalid_value", f"'{name}' must be {wanted}.", param=name)
+        if count is not None and (largest is None or count > largest):
+            largest = count
+    return largest
 
 
 def _count_prompts(prompts: object) -> int:
@@ -137,12 +147,13 @@ def _has_other_than_text(messages: object) -> bool:
     """Return whether a message has a part whose tokens its bytes do not bound."""
     if not isinstance(messages, list):
         return False
-    return any(
-        not isinstance(part, dict) or part.get("type") not in _TEXT_TYPES
-        for message in messages
-        if isinstance(message, dict) and isinstance(message.get("content"), list)
-        for part in message["content"]
-    )
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict) or part.get("type") not in _TEXT_TYPES:
+                    return True
+    return False
 
 
 def _read_count(value: object) -> int | None:

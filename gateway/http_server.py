@@ -8,6 +8,7 @@ not HTTP, too large or too slow gets an answer in OpenAI's shape, after which th
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -26,6 +27,7 @@ KEEP_ALIVE_S = 75.0
 # How long a refused client may go on sending what nobody reads: it gets its answer before the connection goes.
 LINGER_S = 2.0
 PIPELINED_MAX = 16
+USUAL_PATH_BYTES_MAX = 100
 TICK_S = 1.0
 _FOR_EVER = float("inf")
 
@@ -192,7 +194,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         parser = self._parser
-        exchange = Exchange(self, parser.get_method().decode("ascii"), _read_path(self._url), self._headers)
+        exchange = Exchange(self, parser.get_method().decode("ascii"), read_path(self._url), self._headers)
         exchange.is_http_1_1 = parser.get_http_version() == "1.1"
         exchange.is_kept_alive = exchange.is_http_1_1 and parser.should_keep_alive()
         self._incoming = exchange
@@ -315,12 +317,18 @@ def _read_cause(error: httptools.HttpParserError) -> GatewayError:
     return GatewayError(400, "invalid_http", "Invalid HTTP request received.")
 
 
-def _read_path(url: bytes) -> str:
+def read_path(url: bytes) -> str:
     """Return the decoded path of a request's target; "" where it is not a valid one: no route has that."""
-    if url.startswith(b"/") and b"?" not in url and b"%" not in url and b"#" not in url and url.isascii():
-        return url.decode("ascii")
+    return _read_usual_path(url) if len(url) <= USUAL_PATH_BYTES_MAX else _read_path(url)
+
+
+def _read_path(url: bytes) -> str:
     try:
         path = httptools.parse_url(url).path
     except httptools.HttpParserInvalidURLError:
         return ""
     return unquote((path or b"/").decode("latin-1"))
+
+
+# The same few paths come again and again.
+_read_usual_path = functools.lru_cache(1_024)(_read_path)

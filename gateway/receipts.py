@@ -38,7 +38,7 @@ from gateway.errors import (
 from gateway.providers.base import UpstreamRequest
 from gateway.redis_connection import RedisConnection
 from gateway.snapshot_reader import Caller, Catalog
-from gateway.upstream import UpstreamConnection, UpstreamPool, parse_origin
+from gateway.upstream import UpstreamPool, parse_origin
 
 log = logging.getLogger("gateway.receipts")
 
@@ -150,7 +150,8 @@ class Receipts:
             body=b"",
         )
         for is_fresh in (False, True):
-            connection: UpstreamConnection = await self._pool.open(self._origin, is_fresh=is_fresh)
+            idle = None if is_fresh else self._pool.take(self._origin)
+            connection = idle or await self._pool.connect(self._origin)
             is_whole = False
             try:
                 connection.send(request, timeout_s=WEB_TIMEOUT_S)

@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gateway.admission import Admission, Headers
@@ -103,13 +104,8 @@ class Relay:
     async def run(self, upstreams: tuple[UpstreamRecord, ...]) -> None:
         """Serve the call; raises GatewayError where nothing has been sent to the client."""
         parts, call = self._parts, self._call
-        loop_time = asyncio.get_running_loop().time
         await bound_call(call)
-        candidates = list_candidates(
-            upstreams,
-            is_open=lambda upstream_id: parts.breakers.is_open(upstream_id, now=loop_time()),
-            draw=random.random,
-        )
+        candidates = self._list_candidates(upstreams)
         parts.in_flight[call.call_id] = call
         try:
             started_at = time.monotonic()
@@ -127,7 +123,15 @@ class Relay:
             labels = (OPERATIONS.get(call.endpoint, call.endpoint), call.model.name)
             parts.telemetry.call_seconds.observe(time.monotonic() - call.started_at, labels)
 
-    async def _forward(self, candidates: list[UpstreamRecord]) -> None:
+    def _list_candidates(self, upstreams: tuple[UpstreamRecord, ...]) -> Sequence[UpstreamRecord]:
+        if len(upstreams) == 1:
+            return upstreams
+        breakers, now = self._parts.breakers, asyncio.get_running_loop().time()
+        return list_candidates(
+            upstreams, is_open=lambda upstream_id: breakers.is_open(upstream_id, now=now), draw=random.random
+        )
+
+    async def _forward(self, candidates: Sequence[UpstreamRecord]) -> None:
         """Try the candidates until one answers; whatever happens, the call is settled when this returns."""
         self._parts.telemetry.calls_forwarded.add()
         try:
@@ -210,7 +214,7 @@ class Relay:
                 self._connection.release()
                 self._connection = None
             try:
-                connection = await parts.pool.open(origin, is_fresh=is_fresh)
+                connection = (None if is_fresh else parts.pool.take(origin)) or await parts.pool.connect(origin)
                 self._connection = connection
                 if self._is_gone:
                     raise UpstreamConnectionError(CLIENT_GONE, "The client has gone.")

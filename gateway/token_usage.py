@@ -90,8 +90,12 @@ def get_choices_count(call: CallRequest | None) -> int:
     """Return how many choices the upstream may generate: the larger of `n` and `best_of`; 0 if unknown."""
     if call is None:
         return 0
-    asked = [call.json.get(name) for name in ("n", "best_of")]
-    return min(_CHOICES_MAX, max([1, *(count for count in asked if type(count) is int)]))
+    choices = 1
+    for name in ("n", "best_of"):
+        count = call.json.get(name)
+        if type(count) is int and count > choices:
+            choices = min(count, _CHOICES_MAX)
+    return choices
 
 
 def mark_source(usage: ReportedUsage, source: UsageSource) -> ReportedUsage:

@@ -292,9 +292,9 @@ class UpstreamConnection(asyncio.Protocol):
         if self._failure is not None:
             raise self._failure
 
-    async def _wait(self) -> None:
+    def _wait(self) -> asyncio.Future[None]:
         self._waiter = self._loop.create_future()
-        await self._waiter
+        return self._waiter
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -312,14 +312,18 @@ class UpstreamPool:
         self._tls = ssl.create_default_context()
         self._task = self._loop.create_task(self._tick())
 
-    async def open(self, origin: Origin, *, is_fresh: bool = False) -> UpstreamConnection:
-        """Return a connection, an idle one unless `is_fresh`; raises UpstreamConnectionError."""
+    def take(self, origin: Origin) -> UpstreamConnection | None:
+        """Return an idle connection, if there is one. The upstream may just have closed it."""
         idle = self._idle.get(origin)
-        while idle and not is_fresh:
+        while idle:
             connection = idle.pop()
             if connection.is_usable:
                 connection.mark_reused()
                 return connection
+        return None
+
+    async def connect(self, origin: Origin) -> UpstreamConnection:
+        """Return a new connection; raises UpstreamConnectionError."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _transport, connection = await self._loop.create_connection(

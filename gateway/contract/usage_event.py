@@ -90,6 +90,8 @@ class Superseded(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
+# The variant's digit of a UUID (binary 10xx), by the random digit whose lower half it keeps.
+_VARIANTS = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 _event_decoder = msgspec.msgpack.Decoder(UsageEvent)
 _superseded_decoder = msgspec.msgpack.Decoder(Superseded)
 
@@ -123,12 +125,9 @@ def build_call_id(occurred_at_us: int, randomness: bytes) -> str:
     """
     if len(randomness) != 10:
         raise ValueError("a call id needs 10 bytes of randomness")
-    tail = int.from_bytes(randomness)
-    value = (occurred_at_us // 1000) << 80
-    value |= 0x7 << 76 | (tail >> 68) << 64
-    value |= 0b10 << 62 | tail & ((1 << 62) - 1)
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    moment, tail = f"{occurred_at_us // 1000:012x}", randomness.hex()
+    # 12 random bits behind the version, then 62 behind the variant, of which two are in its digit.
+    return f"{moment[:8]}-{moment[8:]}-7{tail[:3]}-{_VARIANTS[tail[3]]}{tail[4:7]}-{tail[7:19]}"
 
 
 def get_call_id_ms(call_id: str) -> int:

@@ -178,5 +178,8 @@ def _build_emitted(answer: dict[str, Any]) -> EmittedText:
 
 def _read_finish_reason(choices: list[Any]) -> str:
     """Return the last choice's finish reason, "" if none says."""
-    reasons = [choice.get("finish_reason") for choice in choices if isinstance(choice, dict)]
-    return next((reason for reason in reversed(reasons) if isinstance(reason, str)), "")
+    for choice in reversed(choices):
+        reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+        if isinstance(reason, str):
+            return reason
+    return ""
