@@ -24,8 +24,8 @@ UNKNOWN_ID = -1
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^\x00]+\Z")]
 _MaybeName = Annotated[str, msgspec.Meta(max_length=200, pattern=r"^[^\x00]*\Z")]
 _Text = Annotated[str, msgspec.Meta(max_length=1_000)]
-# What the wire of events can carry. What can be believed is much less, and attribution's to judge.
-_Count = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+# Integers that every reader of JSON keeps exact. What can be believed is much less, and attribution judges it.
+_Count = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 
 
 class CallFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

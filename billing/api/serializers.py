@@ -14,6 +14,8 @@ class InvoiceQuestion(serializers.Serializer):
 
     status = serializers.ChoiceField(STATUSES, required=False)
     period = serializers.RegexField(r"^20[0-9]{2}-(0[1-9]|1[0-2])$", required=False, help_text="YYYY-MM")
+    page = serializers.IntegerField(required=False, min_value=1)
+    page_size = serializers.IntegerField(required=False, min_value=1, help_text="100 at most")
 
 
 class InvoiceSummary(serializers.ModelSerializer):

@@ -73,7 +73,7 @@ class InvoiceListView(BillsView, ListAPIView):
     queryset = Invoice.objects.none()  # for the schema; the caller's own are in get_queryset
 
     def get_queryset(self) -> QuerySet[Invoice]:
-        asked = InvoiceQuestion(data=self.request.query_params)
+        asked = InvoiceQuestion(data=self.request.query_params.dict())
         asked.is_valid(raise_exception=True)
         invoices = list_invoices(self.request)
         if status := asked.validated_data.get("status"):

@@ -164,6 +164,10 @@ SPECTACULAR_SETTINGS = {
     "DESCRIPTION": "Invoices and usage. A tenant calls with one of its API keys and sees what is its own.",
     "VERSION": "1",
     "OAS_VERSION": "3.1.0",
+    "POSTPROCESSING_HOOKS": [
+        "drf_spectacular.hooks.postprocess_schema_enums",
+        "metering.api.usage_event_schema.require_body",
+    ],
     "SERVE_INCLUDE_SCHEMA": False,
     "SCHEMA_PATH_PREFIX": "/api/v1",
     # The pages come from the installed package: no other host is ever asked.

@@ -82,7 +82,10 @@ class _MessageStream(ChatStreamReader):
         self._tool_blocks: dict[int, int] = {}
 
     def begin(self) -> None:
-        self._send("message_start", message=_build_message(self._answering, []))
+        message = _build_message(self._answering, [])
+        # How much has come in the first read does not belong here: the final count comes with `message_delta`.
+        message["usage"]["output_tokens"] = 0
+        self._send("message_start", message=message)
 
     def say(self, text: str) -> None:
         if self._open_kind != "text":

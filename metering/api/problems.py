@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from django.db import InterfaceError, OperationalError
@@ -11,6 +12,8 @@ from rest_framework.response import Response
 from rest_framework.views import exception_handler
 
 from metering.errors import CatalogMissingError
+
+logger = logging.getLogger(__name__)
 
 
 class Problem(serializers.Serializer):
@@ -47,6 +50,7 @@ class LengthRequiredError(APIException):
 def handle_exception(error: Exception, context: dict[str, Any]) -> Response | None:
     """Answer an exception of a view; add the code to what has a reason only."""
     if isinstance(error, OperationalError | InterfaceError):
+        logger.error("an API request failed: %s", error)
         error = NotNowError()
     elif isinstance(error, CatalogMissingError):
         error = NotNowError(str(error), code=error.code)

@@ -29,5 +29,14 @@ def _build_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 EVENT_SCHEMA = _build_schema(CloudEvent)
-BATCH_SCHEMA = {"type": "array", "items": EVENT_SCHEMA, "minItems": 1, "maxItems": 1_000}
+# Each is judged alone: what is no event is rejected in its result, and the others are recorded.
+_ITEM = {"anyOf": [EVENT_SCHEMA, {"description": "anything else is rejected, in its result"}]}
+BATCH_SCHEMA = {"type": "array", "items": _ITEM, "minItems": 1, "maxItems": 1_000}
 REPORT_SCHEMA = _build_schema(IngestionReport)
+
+
+def require_body(result: dict[str, Any], **_: Any) -> dict[str, Any]:
+    """Say in the whole schema that sending usage events takes a body: for a shape that is no serializer, no
+    annotation can say it."""
+    result["paths"]["/api/v1/usage-events"]["post"]["requestBody"]["required"] = True
+    return result

@@ -54,7 +54,7 @@ def send_stream(stack: Stack, body: Any, **headers: str) -> tuple[Any, bytes]:
 
 
 def exchange(stack: Stack, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[Any, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", stack.gateway.port)
+    connection = http.client.HTTPConnection("127.0.0.1", stack.gateway.port, timeout=10)
     sent = {"x-api-key": stack.api_key, "anthropic-version": "2023-06-01", "content-type": "application/json"}
     connection.request(method, path, body=json.dumps(body), headers=sent | headers)
     response = connection.getresponse()
@@ -226,6 +226,13 @@ def test_a_client_that_leaves_is_billed_what_was_emitted(stack: Stack) -> None:
     endpoint, outcome, source, input_tokens, output_tokens = read_counts(stack)
     assert (endpoint, outcome, source, input_tokens) == ("messages", "client_aborted", "provider_partial", 11)
     assert 20 <= output_tokens < 60
+
+
+def test_a_server_error_is_tried_again_and_each_try_is_an_event(stack: Stack) -> None:
+    with pytest.raises(anthropic.InternalServerError) as caught:
+        ask(build_client(stack, max_retries=1), extra_body={"sandbox": {"fault": "http_500"}})
+    assert caught.value.response.request.headers["x-stainless-retry-count"] == "1"
+    assert [event.outcome for event in read_events(stack.redis)] == ["upstream_error"] * 2
 
 
 def test_both_headers_carry_a_key_and_authorization_goes_first(stack: Stack) -> None:

@@ -227,7 +227,7 @@ def test_a_stream_of_text_byte_for_byte() -> None:
     assert stream.feed(build_chunk({"role": "assistant", "content": ""})) == (
         b'event: message_start\ndata: {"type":"message_start","message":{"id":"msg_%b","type":"message",'
         b'"role":"assistant","model":"m","content":[],"stop_reason":null,"stop_sequence":null,"usage":{"input_tokens":10,'
-        b'"cache_creation_input_tokens":30,"cache_read_input_tokens":60,"output_tokens":7}}}\n\n' % CALL_ID.encode()
+        b'"cache_creation_input_tokens":30,"cache_read_input_tokens":60,"output_tokens":0}}}\n\n' % CALL_ID.encode()
     )
     assert stream.feed(b": keepalive\n\n" + build_chunk({"content": "Grüezi"})) == (
         b": keepalive\n\n"
