@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from gateway.contract.token_kind import UsageSource
 from gateway.contract.usage_event import TOKENS_MAX, UsageEvent
 from metering.core.attribution import (
     EVENT_AGE_DAYS_MAX,
@@ -195,7 +196,8 @@ class EventSorter:
         zone = self._catalog.tenant_zones[event.tenant_id]
         assert zone is not None  # attribution has refused a tenant without one
         usage_on = find_quarter_day(event.occurred_at_us // QUARTER_US, zone)
-        is_shared = usage_on is not None
+        # Of estimated events each is judged by itself: its counts decide.
+        is_shared = usage_on is not None and event.usage_source != UsageSource.ESTIMATED
         if usage_on is None:
             usage_on = compute_usage_day(event.occurred_at_us, zone)
         route = (event.tenant_id, event.api_key_id, event.served_model_id, event.provider_id, event.upstream_id)

@@ -42,7 +42,7 @@ EXPLANATIONS: dict[QuarantineReason, str] = {
     QuarantineReason.UNBELIEVABLE_TOKENS: "Its token counts contradict each other. Void, and record it anew.",
     QuarantineReason.UNKNOWN_OUTCOME: "The outcome is none that is known. A newer program may know it: release then.",
     QuarantineReason.UNKNOWN_USAGE_SOURCE: "The source of its counts is unknown. A newer program may know it.",
-    QuarantineReason.USAGE_MISSING: "It has no counts and is no upstream error. Void, and record what was used.",
+    QuarantineReason.USAGE_MISSING: "It has no counts and is no upstream error. Void, and backfill what was used.",
     QuarantineReason.UNBELIEVABLE_DETAIL: "A text or number in it cannot be stored. Void, and record it anew.",
     QuarantineReason.SEQUENCE_REUSED: "Its number was used by another call: its producer counted from anew. Release "
     "it if it is a call of its own.",

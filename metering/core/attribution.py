@@ -25,11 +25,12 @@ INT64_MAX = 2**63 - 1
 # Stands for "no key" in events that did not pass the gateway.
 NO_API_KEY_ID = 0
 
+# Sources whose counts are believed as they are. Estimated ones must count something: zero says that nobody knows.
 _BELIEVABLE_SOURCES = frozenset(
     (outcome.value, source.value)
     for outcome in Outcome
     for source in UsageSource
-    if source != UsageSource.NONE or outcome == Outcome.UPSTREAM_ERROR
+    if source not in (UsageSource.NONE, UsageSource.ESTIMATED) or outcome == Outcome.UPSTREAM_ERROR
 )
 _OUTCOMES = frozenset(outcome.value for outcome in Outcome)
 _SOURCES = frozenset(source.value for source in UsageSource)
@@ -142,6 +143,8 @@ def _find_number_reason(event: UsageEvent) -> QuarantineReason | None:
         return QuarantineReason.UNKNOWN_OUTCOME
     if event.usage_source not in _SOURCES:
         return QuarantineReason.UNKNOWN_USAGE_SOURCE
+    if event.usage_source == UsageSource.ESTIMATED and (event.input_tokens or event.output_tokens):
+        return None
     return QuarantineReason.USAGE_MISSING
 
 

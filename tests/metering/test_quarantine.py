@@ -74,6 +74,20 @@ def test_release_without_a_mended_cause_holds(stranger: QuarantinedEvent) -> Non
     assert (stranger.state, stranger.reason, stranger.catalog_version) == ("HELD", "unknown_tenant", 2)
 
 
+def test_estimate_of_nothing_is_held_and_never_billed(quick_metering: redis.Redis) -> None:
+    """After another estimate of the same cell, which counts: each is judged by itself."""
+    nothing = {"input_tokens": 0, "cached_input_tokens": 0, "output_tokens": 0, "reasoning_tokens": 0}
+    at_us = build_event(1).occurred_at_us
+    counted = build_event(1, occurred_at_us=at_us, usage_source="estimated")
+    unknown = [build_event(seq, occurred_at_us=at_us + seq, usage_source="estimated", **nothing) for seq in (2, 3)]
+    failed = build_event(4, occurred_at_us=at_us, usage_source="estimated", outcome="upstream_error", **nothing)
+    send(quick_metering, [counted, *unknown, failed])
+    result = roll_up()
+    assert (result.rolled_up, result.quarantined) == (2, 2)
+    assert set(QuarantinedEvent.objects.values_list("reason", "seq")) == {("usage_missing", 2), ("usage_missing", 3)}
+    assert UsageRollup.objects.get(outcome="completed").calls == 1
+
+
 def test_void_is_final_and_on_record(stranger: QuarantinedEvent) -> None:
     assert void_quarantined_events([stranger.pk], actor_name="ann", note="a test of theirs") == 1
     assert void_quarantined_events([stranger.pk], actor_name="bob", note="again") == 0

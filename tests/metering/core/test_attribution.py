@@ -22,6 +22,9 @@ def find(*, is_key_required: bool = True, **changes: Any) -> str | None:
     return find_quarantine_reason(event, CATALOG, now_us=NOW_US, is_key_required=is_key_required)
 
 
+NOTHING = {"input_tokens": 0, "cached_input_tokens": 0, "output_tokens": 0, "reasoning_tokens": 0}
+
+
 @pytest.mark.parametrize(
     ("reason", "changes"),
     [
@@ -40,6 +43,8 @@ def find(*, is_key_required: bool = True, **changes: Any) -> str | None:
         (None, {"outcome": "upstream_error", "usage_source": "none", "upstream_id": 0, "provider_id": 0}),
         (None, {"outcome": "client_aborted", "usage_source": "counted"}),
         ("usage_missing", {"outcome": "client_aborted", "usage_source": "none"}),
+        ("usage_missing", {"usage_source": "estimated", **NOTHING}),
+        ("usage_missing", {"outcome": "abandoned", "usage_source": "estimated", **NOTHING}),
         ("unknown_outcome", {"outcome": "fine"}),
         ("unknown_usage_source", {"usage_source": "guess"}),
         ("unbelievable_tokens", {"input_tokens": -1, "cached_input_tokens": 0}),
