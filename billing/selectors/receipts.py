@@ -6,6 +6,7 @@ import uuid
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 
+import msgspec
 from django.db.models import Q, QuerySet
 
 from billing.core.errors import UnpricedUsageError
@@ -24,25 +25,65 @@ from gateway.contract.receipt import (
 )
 from gateway.contract.token_kind import TokenKind, UsageSource, split_token_kinds
 from gateway.contract.usage_event import Attempt
-from metering.models import QuarantinedEvent, UsageEvent
+from metering.correction_rows import get_live_correction
+from metering.models import QuarantinedEvent, UsageCorrection, UsageEvent
 from metering.selectors import get_quarantined_event, get_usage_event
 
 RATED = "rated"
 
 
 def get_receipt(call_id: uuid.UUID, *, tenant_id: int | None = None) -> Receipt | None:
-    """Return the receipt of a call, or None; with `tenant_id`, only where the call is that tenant's."""
-    event = get_usage_event(call_id, tenant_id=tenant_id)
-    if event is not None:
-        return _build_recorded(event)
-    held = get_quarantined_event(call_id, tenant_id=tenant_id)
-    return None if held is None else _build_held(held)
+    """Return the receipt of a call, or None; with `tenant_id`, only where the call is that tenant's.
+
+    A call that was corrected is shown as it counts now. One that was amended to be another tenant's is that tenant's,
+    and void for the first.
+    """
+    event = get_usage_event(call_id)
+    if event is None:
+        held = get_quarantined_event(call_id, tenant_id=tenant_id)
+        return None if held is None else _build_held(held)
+    correction = get_live_correction(call_id)
+    counted = event if correction is None else correction
+    if tenant_id in (None, counted.tenant_id):
+        return _build_recorded(event, counted)
+    return _build_void(event) if tenant_id == event.tenant_id else None
 
 
-def _build_recorded(event: UsageEvent) -> Receipt:
+def _build_recorded(event: UsageEvent, counted: UsageEvent | UsageCorrection) -> Receipt:
+    """Return the receipt of a call that counts for what `counted` says: its event, or its live correction."""
+    state = ReceiptState.RECORDED
+    if isinstance(counted, UsageCorrection):
+        if counted.kind == UsageCorrection.Kind.VOID:
+            return _build_void(event)
+        if counted.kind == UsageCorrection.Kind.AMEND:
+            state = ReceiptState.AMENDED
+    is_known = state is ReceiptState.AMENDED or event.usage_source != UsageSource.ESTIMATED
+    return msgspec.structs.replace(
+        _describe(event),
+        state=state,
+        model=_get_model_name(counted.served_model_id),
+        outcome=counted.outcome,
+        tokens=ReceiptTokens(
+            input=counted.input_tokens,
+            cached_input=counted.cached_input_tokens,
+            cache_write=counted.cache_write_tokens,
+            output=counted.output_tokens,
+            reasoning=counted.reasoning_tokens,
+        )
+        if is_known
+        else None,
+        cost=_rate(counted) if is_known else None,
+    )
+
+
+def _build_void(event: UsageEvent) -> Receipt:
+    return msgspec.structs.replace(_describe(event), state=ReceiptState.VOIDED)
+
+
+def _describe(event: UsageEvent) -> Receipt:
+    """Return what happened, without what it counts for."""
     detail = event.detail or {}
     attempts = [Attempt(**attempt) for attempt in detail.get("attempts", ())]
-    is_known = event.usage_source != UsageSource.ESTIMATED
     return Receipt(
         call_id=str(event.call_id),
         state=ReceiptState.RECORDED,
@@ -52,16 +93,6 @@ def _build_recorded(event: UsageEvent) -> Receipt:
         streamed=event.streamed,
         outcome=event.outcome,
         usage_source=event.usage_source,
-        tokens=ReceiptTokens(
-            input=event.input_tokens,
-            cached_input=event.cached_input_tokens,
-            cache_write=event.cache_write_tokens,
-            output=event.output_tokens,
-            reasoning=event.reasoning_tokens,
-        )
-        if is_known
-        else None,
-        cost=_rate(event) if is_known else None,
         attempts=_list_attempts(attempts, event.upstream_id, event.outcome),
         finish_reason=event.finish_reason or None,
         provider_request_id=event.provider_request_id or None,
@@ -94,16 +125,16 @@ def _build_held(held: QuarantinedEvent) -> Receipt:
     )
 
 
-def _rate(event: UsageEvent) -> ReceiptCost | None:
+def _rate(counted: UsageEvent | UsageCorrection) -> ReceiptCost | None:
     """Return the call at the tenant's price of its day; None where there is none."""
-    currency = Tenant.objects.values_list("currency", flat=True).get(pk=event.tenant_id)
-    if event.outcome not in BILLABLE_OUTCOMES:
+    currency = Tenant.objects.values_list("currency", flat=True).get(pk=counted.tenant_id)
+    if counted.outcome not in BILLABLE_OUTCOMES:
         return ReceiptCost(basis=RATED, currency=currency, amount="0")
-    card = _get_rate_card(event.tenant_id, event.served_model_id, on=event.usage_on)
+    card = _get_rate_card(counted.tenant_id, counted.served_model_id, on=counted.usage_on)
     if card is None or card.currency != currency:
         return None
     try:
-        lines = rate_usage(_split(event), card)
+        lines = rate_usage(_split(counted), card)
     except UnpricedUsageError:
         return None
     return ReceiptCost(
@@ -122,13 +153,13 @@ def _rate(event: UsageEvent) -> ReceiptCost | None:
     )
 
 
-def _split(event: UsageEvent) -> dict[TokenKind, int]:
+def _split(counted: UsageEvent | UsageCorrection) -> dict[TokenKind, int]:
     return split_token_kinds(
-        input_tokens=event.input_tokens,
-        cached_input_tokens=event.cached_input_tokens,
-        cache_write_tokens=event.cache_write_tokens,
-        output_tokens=event.output_tokens,
-        reasoning_tokens=event.reasoning_tokens,
+        input_tokens=counted.input_tokens,
+        cached_input_tokens=counted.cached_input_tokens,
+        cache_write_tokens=counted.cache_write_tokens,
+        output_tokens=counted.output_tokens,
+        reasoning_tokens=counted.reasoning_tokens,
     )
 
 

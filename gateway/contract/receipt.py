@@ -8,11 +8,13 @@ import msgspec
 
 
 class ReceiptState(StrEnum):
-    """How far a call has come. QUARANTINED is billed when somebody has decided what it used, VOIDED never."""
+    """How far a call has come. AMENDED: it counts for what was decided later. QUARANTINED is billed when somebody has
+    decided what it used, VOIDED never."""
 
     RUNNING = "running"
     SETTLED = "settled"
     RECORDED = "recorded"
+    AMENDED = "amended"
     QUARANTINED = "quarantined"
     VOIDED = "voided"
 

@@ -10,6 +10,7 @@ from billing.api import receipts
 from billing.models import Contract, ServedModel, Tenant
 from gateway.contract import receipt
 from gateway.contract.usage_event import UsageEvent, to_wire
+from metering.corrections import CorrectionKind, CorrectionRequest, record_correction
 from metering.models import Producer, QuarantinedEvent
 from metering.models import UsageEvent as StoredEvent
 from metering.quarantine import void_quarantined_events
@@ -169,6 +170,34 @@ def test_quarantined_call_says_why_and_no_counts(acme, globex):
     assert globex.get(f"{URL}{call_id}").status_code == 404
     assert void_quarantined_events([held.pk], actor_name="ann", note="test") == 1
     assert acme.get(f"{URL}{call_id}").json()["state"] == "voided"
+
+
+def correct(call, **stated):
+    request = CorrectionRequest(
+        idempotency_key=str(uuid.uuid4()), reason="the provider's bill", call_id=call.call_id, **stated
+    )
+    record_correction(request, actor_name="ann")
+
+
+def test_corrected_call_is_shown_as_it_counts_now(acme):
+    call = find_call("acme", "2026-11-03")
+    correct(call, kind=CorrectionKind.AMEND, input_tokens=1_000_000, output_tokens=0)
+    shown = acme.get(f"{URL}{call.call_id}").json()
+    assert (shown["state"], shown["cost"]["amount"]) == ("amended", "3")
+    assert shown["tokens"] == {"input": 1_000_000, "cached_input": 0, "cache_write": 0, "output": 0, "reasoning": 0}
+    correct(call, kind=CorrectionKind.VOID)
+    shown = acme.get(f"{URL}{call.call_id}").json()
+    assert (shown["state"], shown["tokens"], shown["cost"]) == ("voided", None, None)
+
+
+def test_call_amended_to_be_anothers_is_that_tenants(acme, globex):
+    call = find_call("acme", "2026-11-03")
+    correct(call, kind=CorrectionKind.AMEND, tenant="globex", api_key="")
+    shown = globex.get(f"{URL}{call.call_id}").json()
+    # 2,000,000 at 20 and 1,000,000 at 30 CNY.
+    assert (shown["state"], shown["cost"]["currency"], shown["cost"]["amount"]) == ("amended", "CNY", "70")
+    shown = acme.get(f"{URL}{call.call_id}").json()
+    assert (shown["state"], shown["tokens"], shown["cost"]) == ("voided", None, None)
 
 
 @pytest.mark.parametrize("call_id", ["x", "018bcfe5-6800-7000-8000-000000000000", "%00", "../usage"])
