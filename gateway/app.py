@@ -52,6 +52,7 @@ DIALECT_PATHS = {f"/v1/{name}": dialect for name, dialect in DIALECTS.items()}
 MODELS_PATH = "/v1/models"
 USAGE_PATH = "/v1/usage"
 TOKENIZE_PATH = "/v1/tokenize"
+COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
 # A key that is restricted to some endpoints reads receipts only where this is one of them, as at the web process.
 BILLING_ENDPOINT = "billing"
 
@@ -110,8 +111,9 @@ class GatewayApp:
         exchange.catalog = catalog
         authorization = exchange.headers.get(b"authorization")
         if authorization is None and b"x-api-key" in exchange.headers:
-            # Anthropic's header for the same key.
+            # Anthropic's header for the same key. From here on it is as if the other one had come.
             authorization = b"Bearer " + exchange.headers[b"x-api-key"]
+            exchange.headers = {**exchange.headers, b"authorization": authorization}
         exchange.caller = self._authenticator.authenticate(
             authorization, catalog, now_ms=exchange.occurred_at_us // 1000
         )
@@ -281,6 +283,7 @@ class GatewayApp:
             "/metrics": Route("GET", self._serve_metrics, is_public=True),
         }
         routes[TOKENIZE_PATH] = Route("POST", self._serve_tokenize)
+        routes[COUNT_TOKENS_PATH] = Route("POST", self._serve_count_tokens)
         routes |= {path: Route("POST", self._serve_call, endpoint=endpoint) for path, endpoint in ENDPOINTS.items()}
         routes |= {
             path: Route("POST", self._serve_call, endpoint=dialect.endpoint, dialect=dialect)
@@ -363,14 +366,26 @@ class GatewayApp:
         await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(receipt))
 
     async def _serve_tokenize(self, exchange: Exchange) -> None:
+        tokenized = await self._tokenize(exchange, endpoint="tokenize")
+        await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(tokenized))
+
+    async def _serve_count_tokens(self, exchange: Exchange) -> None:
+        """Answer what a message with this body would have as input; nothing is forwarded."""
+        tokenized = await self._tokenize(exchange, endpoint="messages", dialect=DIALECTS["messages"])
+        await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode({"input_tokens": tokenized.count}))
+
+    async def _tokenize(
+        self, exchange: Exchange, *, endpoint: str, dialect: Dialect | None = None
+    ) -> tokenization.Tokenized:
         if len(exchange.body) > tokenization.BODY_BYTES_MAX:
             message = f"The request's body is larger than {tokenization.BODY_BYTES_MAX} bytes."
             raise GatewayError(413, "request_too_large", message)
         caller = exchange.caller
         body = _parse_body(exchange.body)
-        offer, _price = _find_offer(body, caller, exchange.catalog, endpoint="tokenize")
-        tokenized = await self._tokenization.tokenize(body, offer.model, tenant_id=caller.tenant.tenant_id)
-        await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(tokenized))
+        offer, _price = _find_offer(body, caller, exchange.catalog, endpoint=endpoint)
+        if dialect is not None:
+            body = dialect.read_request({**body, "max_tokens": 1})
+        return await self._tokenization.tokenize(body, offer.model, tenant_id=caller.tenant.tenant_id)
 
     async def _serve_health(self, exchange: Exchange) -> None:
         await exchange.send_whole(200, [JSON_TYPE], b'{"status":"ok"}')

@@ -248,6 +248,33 @@ def test_both_headers_carry_a_key_and_authorization_goes_first(stack: Stack) -> 
     response, error = send_raw(stack, "/v1/messages", body, **{"x-api-key": ""})
     assert (response.status, error["error"]["type"]) == (401, "authentication_error")
     assert len(read_events(stack.redis)) == 2
+    # The same key by the same header on the other paths; the receipt of a call, too.
+    response, models = send_raw(stack, "/v1/models", method="GET")
+    assert (response.status, models["data"][0]["id"]) == (200, MODEL)
+    event = read_events(stack.redis)[0]
+    response, receipt = send_raw(stack, f"/v1/usage/{event.call_id}", method="GET")
+    assert (response.status, receipt["endpoint"]) == (200, "messages")
+
+
+def test_tokens_are_counted_without_a_call(stack: Stack) -> None:
+    by_endpoint = stack.catalog.add_api_key(6, tenant_id=1, endpoints=("tokenize",))
+    stack.catalog.served_models.clear()
+    stack.catalog.prices.clear()
+    stack.catalog.add_model(chat_template="llama3.1")
+    stack.publish()
+    before = read_stats(stack.sandbox)["calls"]
+    asked: dict[str, Any] = {"model": MODEL, "messages": HI, "system": "Be brief.", "tools": [TOOL]}
+    counted = build_client(stack).messages.count_tokens(**asked).input_tokens
+    with pytest.raises(anthropic.PermissionDeniedError):
+        build_client(stack, by_endpoint).messages.count_tokens(**asked)
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\.0\.role"):
+        build_client(stack).messages.count_tokens(model=MODEL, messages=[{"role": "critic", "content": "x"}])
+    assert read_stats(stack.sandbox)["calls"] == before
+    assert read_events(stack.redis) == []
+    message = build_client(stack).messages.create(
+        **asked, max_tokens=10, extra_body={"sandbox": {"chat_template": "llama3.1"}}
+    )
+    assert message.usage.input_tokens == counted == read_events(stack.redis)[0].input_tokens
 
 
 @pytest.mark.parametrize(
