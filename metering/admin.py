@@ -24,6 +24,8 @@ from gateway.contract import usage_event
 from gateway.contract.usage_event import EventDecodeError
 from metering.admin_corrections import run_correction
 from metering.corrections import CorrectionKind
+from metering.dead_letters import release_dead_letter, void_dead_letters
+from metering.errors import MeteringError
 from metering.models import (
     ConflictingEvent,
     CorrectionDelta,
@@ -234,6 +236,14 @@ class DecisionForm(ActionForm):
     note = forms.CharField(required=False, max_length=500, label="Reason (kept on record)")
 
 
+def get_note(model_admin: ModelAdmin, request: HttpRequest) -> str:
+    """Return the reason of an action, or say that nothing is done without one."""
+    note = request.POST.get("note", "").strip()[:500]
+    if not note:
+        model_admin.message_user(request, "Nothing was done: give a reason, it is kept on record.", messages.ERROR)
+    return note
+
+
 class EventBytesAdmin(MeteringAdmin):
     """Rows that hold an event's bytes: shown decoded."""
 
@@ -265,7 +275,7 @@ class QuarantinedEventAdmin(EventBytesAdmin):
 
     @admin.action(description="Try again and roll up", permissions=["decide"])
     def release(self, request: HttpRequest, queryset: QuerySet[QuarantinedEvent]) -> None:
-        note = self._get_note(request)
+        note = get_note(self, request)
         if note:
             ids = list(queryset.values_list("pk", flat=True))
             result = release_quarantined_events(ids, actor_name=request.user.get_username(), note=note)
@@ -275,17 +285,11 @@ class QuarantinedEventAdmin(EventBytesAdmin):
 
     @admin.action(description="Void: never count", permissions=["decide"])
     def void(self, request: HttpRequest, queryset: QuerySet[QuarantinedEvent]) -> None:
-        note = self._get_note(request)
+        note = get_note(self, request)
         if note:
             ids = list(queryset.values_list("pk", flat=True))
             count = void_quarantined_events(ids, actor_name=request.user.get_username(), note=note)
             self.message_user(request, f"{count} events voided.", messages.SUCCESS)
-
-    def _get_note(self, request: HttpRequest) -> str:
-        note = request.POST.get("note", "").strip()[:500]
-        if not note:
-            self.message_user(request, "Nothing was done: give a reason, it is kept on record.", messages.ERROR)
-        return note
 
 
 @admin.register(ConflictingEvent)
@@ -299,10 +303,37 @@ class ConflictingEventAdmin(EventBytesAdmin):
 
 @admin.register(DeadLetter)
 class DeadLetterAdmin(EventBytesAdmin):
-    """Stream entries that could not be read, with their bytes."""
+    """Stream entries that could not be read, with their bytes. Release and void ask for a reason."""
 
-    list_display = ("stream_id", "partition", "error", "received_at")
-    list_filter = ("partition",)
+    list_display = ("stream_id", "partition", "state", "error", "received_at", "resolved_by")
+    list_filter = ("state", "partition")
+    exclude = ("body", "body_sha256", "mended_body")
+    action_form = DecisionForm
+    actions = ("release", "void")
+
+    def has_decide_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("metering.change_deadletter")
+
+    @admin.action(description="Read again and record", permissions=["decide"])
+    def release(self, request: HttpRequest, queryset: QuerySet[DeadLetter]) -> None:
+        note = get_note(self, request)
+        if not note:
+            return
+        for letter in queryset.order_by("pk"):
+            try:
+                became = release_dead_letter(letter.pk, actor_name=request.user.get_username(), note=note)
+            except MeteringError as error:
+                self.message_user(request, str(error), messages.WARNING)
+            else:
+                self.message_user(request, f"{letter} is recorded: {became}.", messages.SUCCESS)
+
+    @admin.action(description="Void: never record", permissions=["decide"])
+    def void(self, request: HttpRequest, queryset: QuerySet[DeadLetter]) -> None:
+        note = get_note(self, request)
+        if note:
+            ids = list(queryset.values_list("pk", flat=True))
+            count = void_dead_letters(ids, actor_name=request.user.get_username(), note=note)
+            self.message_user(request, f"{count} dead letters voided.", messages.SUCCESS)
 
 
 @admin.register(Producer)

@@ -11,6 +11,7 @@ MeteringError
 ├── ExportUnreadableError      an export of raw events is missing or damaged
 ├── ExportBusyError            another export is running
 ├── ExportDifferentError       an export is not what the database holds
+├── DeadLetterError            a dead letter is not held, or cannot be read yet
 ├── DigestError                a digest is not what it says, or not signed by whom it should be
 └── CorrectionError            a correction was refused, and nothing of it recorded
     ├── CallUnknownError           no such call is recorded
@@ -69,6 +70,12 @@ class UsageQuestionError(MeteringError, ValueError):
     def __init__(self, parameter: str, message: str) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class DeadLetterError(MeteringError):
+    """The letter is decided on already, or its bytes (or the mended ones) cannot be read."""
+
+    code = "dead_letter"
 
 
 class DigestError(MeteringError):

@@ -9,11 +9,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from metering.reconciliation.models import ProviderReport
-from metering.selectors import MeteringState, get_metering_state
+from metering.selectors import EventCounts, MeteringState, get_metering_state, sum_event_counts
 from metering.selectors_reconciliation import compute_capture_ratio, list_current_reports
 
 # Reports of the newest months only: an old one says nothing about today.
 _REPORTS_MAX = 200
+# A label for each gap: where there are more, something else is wrong, and the sum says how much.
+_GAPS_MAX = 100
 
 
 def render_metrics() -> bytes:
@@ -26,6 +28,7 @@ def render_metrics() -> bytes:
 class _MeteringCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         yield from _collect_state(get_metering_state(with_streams=False))
+        yield from _collect_counts(sum_event_counts())
         yield from _collect_reports(list_current_reports(limit=_REPORTS_MAX))
 
 
@@ -34,7 +37,7 @@ def _collect_state(state: MeteringState) -> Iterator[Metric]:
         ("missing_events", "Events that producers numbered and that have not arrived", state.missing_events),
         ("open_gaps", "Ranges of missing events", state.open_gaps),
         ("conflicts", "Events whose call id was recorded with other content", state.conflicts),
-        ("dead_letters", "Stream entries that could not be read", state.dead_letters),
+        ("dead_letters", "Stream entries that could not be read and that nobody has decided on", state.dead_letters),
         ("stream_regressions", "Times that entries came below the cursor of their stream", state.regressions),
     ):
         yield GaugeMetricFamily(f"tollbook_metering_{name}", text, value=value)
@@ -42,6 +45,29 @@ def _collect_state(state: MeteringState) -> Iterator[Metric]:
     for reason, count in state.quarantined_by_reason.items():
         held.add_metric([reason], count)
     yield held
+    yield _collect_gaps(state)
+
+
+def _collect_gaps(state: MeteringState) -> Metric:
+    """Name the oldest open gaps one by one: a loss is looked for by its producer, its numbers and its time."""
+    gaps = GaugeMetricFamily(
+        "tollbook_metering_missing_since_seconds",
+        "When it was noticed that these events of a producer are missing, in seconds since 1970",
+        labels=["producer", "partition", "first_seq", "last_seq"],
+    )
+    for gap in state.gaps[:_GAPS_MAX]:
+        place = [gap.producer, "" if gap.partition is None else str(gap.partition)]
+        gaps.add_metric([*place, str(gap.first_seq), str(gap.last_seq)], int(gap.noticed_at.timestamp()))
+    return gaps
+
+
+def _collect_counts(counts: EventCounts) -> Iterator[Metric]:
+    """`accepted = rolled_up + quarantined + conflicts`: an alarm compares them."""
+    yield GaugeMetricFamily("tollbook_metering_accepted_events", "Unique events that came in", value=counts.accepted)
+    states = GaugeMetricFamily("tollbook_metering_events", "What became of what came in", labels=["state"])
+    for state in ("rolled_up", "quarantined", "conflicts", "duplicates", "superseded"):
+        states.add_metric([state], getattr(counts, state))
+    yield states
 
 
 def _collect_reports(reports: list[ProviderReport]) -> Iterator[Metric]:

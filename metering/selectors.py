@@ -101,7 +101,7 @@ def get_metering_state(*, with_streams: bool = True) -> MeteringState:
         quarantined=sum(by_reason.values()),
         oldest_held_at=held.aggregate(at=Min("quarantined_at"))["at"],
         conflicts=ConflictingEvent.objects.count(),
-        dead_letters=DeadLetter.objects.count(),
+        dead_letters=DeadLetter.objects.filter(state=DeadLetter.State.HELD).count(),
         regressions=sum(row.regressions for row in partitions),
     )
 
