@@ -30,6 +30,7 @@ from gateway.calls import (
     build_settlement,
     format_nano,
 )
+from gateway.client_drain import CLIENT_GONE, ClientDrain
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.contract.usage_event import Attempt
@@ -54,10 +55,8 @@ log = logging.getLogger("gateway.relay")
 
 ATTEMPTS_MAX = 4
 ERROR_BYTES_MAX = 1 << 20
-DRAIN_S = 60.0
 # How long a stopping process waits for its calls to be recorded.
 STOP_WAIT_S = 10.0
-CLIENT_GONE = "client_gone"
 
 
 _NO_RESULT = CallResult(
@@ -100,6 +99,7 @@ class Relay:
         self._connection: UpstreamConnection | None = None
         self._rate_headers: Headers = ()
         self._is_gone = False
+        self._drain: ClientDrain | None = None
 
     async def run(self, upstreams: tuple[UpstreamRecord, ...]) -> None:
         """Serve the call; raises GatewayError where nothing has been sent to the client."""
@@ -163,8 +163,15 @@ class Relay:
                 return
             raise GatewayError(500, "internal_error", "The gateway failed.", type=SERVER) from error
         finally:
-            if self._connection is not None:
-                self._connection.release()
+            self._release()
+
+    def _release(self) -> None:
+        """Give the connection back, if there is one: nothing of this call may touch it from now on."""
+        if self._drain is not None:
+            self._drain.close()
+        if self._connection is not None:
+            self._connection.release()
+            self._connection = None
 
     # One attempt
 
@@ -210,9 +217,7 @@ class Relay:
             log.error("upstream %d: %s", upstream.upstream_id, error)
             raise _build_misconfigured() from error
         for is_fresh in (False, True):
-            if self._connection is not None:
-                self._connection.release()
-                self._connection = None
+            self._release()
             try:
                 connection = (None if is_fresh else parts.pool.take(origin)) or await parts.pool.connect(origin)
                 self._connection = connection
@@ -231,8 +236,7 @@ class Relay:
         call, exchange = self._call, self._exchange
         body = await connection.read_body(bytes_max=self._parts.settings.response_bytes_max)
         call.first_byte_us = self._measure_us()
-        connection.release()
-        self._connection = None
+        self._release()
         result = provider.parse_response(
             body, connection.headers, context_tokens_max=call.window_tokens, call=call.request
         )
@@ -309,6 +313,8 @@ class Relay:
                 call.first_byte_us = self._measure_us()
                 exchange.start_stream(self._rate_headers)
             exchange.send_chunk(frames)
+        if self._drain is not None:
+            self._drain.note(frames)
         if meter.is_done:
             connection.stop_relaying()
 
@@ -338,8 +344,7 @@ class Relay:
             return
         if upstream.on_client_abort == "drain":
             connection.set_paused(False)
-            loop = asyncio.get_running_loop()
-            loop.call_later(DRAIN_S, connection.fail, CLIENT_GONE, "The drain has reached its bound.")
+            self._drain = ClientDrain(self._call, connection, self._parts.settings)
         else:
             connection.fail(CLIENT_GONE, "The client has gone.")
 

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from gateway.contract.redis_url import RedisUrlError, is_cluster_url, parse_cluster_url
 
 PEPPER_LENGTH_MIN = 16
+# Of nano-currency: Lua compares doubles.
+NANO_MAX = 2**53 - 1
 
 
 class SettingsError(ValueError):
@@ -33,6 +35,9 @@ class Settings:
     web_url: str = ""
     lease_s: int = 30
     drain_s: int = 30
+    client_drain_s: int = 60
+    client_drain_tokens: int = 4_096
+    client_drain_nano: int = NANO_MAX
     spool_bytes_max: int = 256 * 1024 * 1024
     spool_age_max_s: int = 86_400
     settle_wait_ms: int = 1_000
@@ -65,6 +70,9 @@ _INTEGERS = (
     ("TOLLBOOK_GATEWAY_WORKERS", "workers", 1, 256),
     ("TOLLBOOK_GATEWAY_LEASE_S", "lease_s", 1, 3_600),
     ("TOLLBOOK_GATEWAY_DRAIN_S", "drain_s", 0, 3_600),
+    ("TOLLBOOK_GATEWAY_CLIENT_DRAIN_S", "client_drain_s", 0, 3_600),
+    ("TOLLBOOK_GATEWAY_CLIENT_DRAIN_TOKENS", "client_drain_tokens", 0, 1_000_000_000),
+    ("TOLLBOOK_GATEWAY_CLIENT_DRAIN_NANO", "client_drain_nano", 0, NANO_MAX),
     ("TOLLBOOK_GATEWAY_SPOOL_BYTES_MAX", "spool_bytes_max", 16_384, 1 << 40),
     ("TOLLBOOK_GATEWAY_SPOOL_AGE_MAX_S", "spool_age_max_s", 1, 31 * 86_400),
     ("TOLLBOOK_GATEWAY_SETTLE_WAIT_MS", "settle_wait_ms", 10, 60_000),
