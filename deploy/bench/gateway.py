@@ -78,8 +78,13 @@ wrk.method = "POST"
 wrk.headers["authorization"] = "Bearer {api_key}"
 wrk.headers["content-type"] = "application/json"
 wrk.body = '{body}'
-function delay() return {pause_ms} end
 """
+# Calls come at random, not all connections at once: the pause after each answer is between nothing and twice the mean.
+WRK_PAUSES = """
+math.randomseed({seed})
+function delay() return math.random(0, {pause_max_ms}) end
+"""
+HALF_LOAD_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,10 @@ def main() -> None:
     """Parse, run, print; exits with 1 when a call was lost or a hold is left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=5, help="length of each load (5)")
-    parser.add_argument("--workers", type=int, default=1, help="gateway processes (1)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="gateway processes, one after the other (1 2)"
+    )
+    parser.add_argument("--memory-calls", type=int, default=100_000, help="calls after which memory is read (100,000)")
     parser.add_argument("--connections", type=int, default=32, help="concurrent plain calls (32)")
     parser.add_argument("--streams", type=int, default=100, help="concurrent streams (100)")
     parser.add_argument("--appendfsync", choices=("always", "everysec"), default="always")
@@ -124,7 +132,7 @@ def main() -> None:
         Path(name).chmod(0o711)
         facts = run(options, Path(name), servers)
     print(json.dumps(facts, indent=2) if options.json else render(facts))
-    if facts["sent_minus_recorded"] or facts["holds_left"]:
+    if any(run["sent_minus_recorded"] or run["holds_left"] for run in facts["runs"]):
         sys.exit(1)
 
 
@@ -147,44 +155,76 @@ def run(options: argparse.Namespace, folder: Path, servers: ExitStack) -> dict:
         "TOLLBOOK_API_KEY_PEPPER": PEPPER,
         "TOLLBOOK_DATA_DIR": str(folder),
         "TOLLBOOK_GATEWAY_PORT": str(gateway_port),
-        "TOLLBOOK_GATEWAY_WORKERS": str(options.workers),
     }
-    gateway_pid = servers.enter_context(
-        start([sys.executable, "-m", "gateway"], folder, port=gateway_port, environ=environ)
-    )
-    wait_until(lambda: len(list_children(gateway_pid)) == options.workers)
     direct = Proxy("direct", upstream_port, ())
     nginx = Proxy("nginx", nginx_port, (nginx_pid,))
-    gateway = Proxy("gateway", gateway_port, tuple(list_children(gateway_pid)))
     load = Load(folder, api_key, upstream_port, options.seconds)
-    for proxy in (nginx, gateway):
-        load.measure(proxy, "warm-up", connections=options.connections, seconds=1)
-    client.delete(*(get_stream_key(partition) for partition in range(PARTITIONS)))
-    served_before = load.read_served()
-    measurements = []
-    through_gateway = 0
-    for name, shape in (
-        ("plain", {"connections": options.connections}),
-        ("half load", {"connections": 16, "pause_ms": 25}),
-        ("stream", {"connections": options.streams, "streamed": True}),
-    ):
-        for proxy in (direct, nginx, gateway) if name == "half load" else (nginx, gateway):
-            before = load.read_served()
-            measurements.append(load.measure(proxy, name, **shape))
-            through_gateway += load.read_served() - before if proxy is gateway else 0
-    time.sleep(1.0)
-    recorded = sum(client.xlen(get_stream_key(partition)) for partition in range(PARTITIONS))
-    return {
-        "measurements": [asdict(measurement) for measurement in measurements],
-        "appendfsync": options.appendfsync,
-        "workers": options.workers,
-        "served_by_upstream": load.read_served() - served_before,
-        "sent": through_gateway,
-        "recorded": recorded,
-        "sent_minus_recorded": through_gateway - recorded,
-        "holds_left": sum(client.hlen(f"holds:{get_partition_tag(partition)}") for partition in range(PARTITIONS)),
-        "gateway_rss_mb": [read_rss_mb(pid) for pid in gateway.pids],
-    }
+    runs = []
+    for workers in options.workers:
+        environ["TOLLBOOK_GATEWAY_WORKERS"] = str(workers)
+        with start([sys.executable, "-m", "gateway"], folder, port=gateway_port, environ=environ) as gateway_pid:
+            wait_until(lambda: len(list_children(gateway_pid)) == workers)  # noqa: B023 (waited for here)
+            gateway = Proxy("gateway", gateway_port, tuple(list_children(gateway_pid)))
+            run = Run(client, load, direct=direct, nginx=nginx, gateway=gateway, redis_pid=server.pid)
+            runs.append(run.measure(options))
+    return {"appendfsync": options.appendfsync, "load_average": os.getloadavg()[0], "runs": runs}
+
+
+class Run:
+    """All loads through one gateway, and what came of them."""
+
+    def __init__(
+        self, client: redis.Redis, load: Load, *, direct: Proxy, nginx: Proxy, gateway: Proxy, redis_pid: int
+    ) -> None:
+        self._client = client
+        self._load = load
+        self._direct = direct
+        self._nginx = nginx
+        self._gateway = gateway
+        self._redis_pid = redis_pid
+        self._sent = 0
+
+    def measure(self, options: argparse.Namespace) -> dict:
+        """Send the loads and return the facts."""
+        for proxy in (self._nginx, self._gateway):
+            self._load.measure(proxy, "warm-up", connections=options.connections, seconds=1)
+        self._client.delete(*(get_stream_key(partition) for partition in range(PARTITIONS)))
+        redis_us, rss_mb = read_cpu_us((self._redis_pid,)), self._read_rss_mb()
+        shape = {"connections": options.connections}
+        measurements = [self._send(proxy, "plain", **shape) for proxy in (self._nginx, self._gateway)]
+        redis_us = (read_cpu_us((self._redis_pid,)) - redis_us) / max(1, measurements[-1].calls)
+        calls_per_s = measurements[-1].calls_per_s / 2
+        shape = {"connections": HALF_LOAD_CONNECTIONS, "pause_ms": round(1000 * HALF_LOAD_CONNECTIONS / calls_per_s)}
+        measurements += [
+            self._send(proxy, "half load", **shape) for proxy in (self._direct, self._nginx, self._gateway)
+        ]
+        shape = {"connections": options.streams, "streamed": True}
+        measurements += [self._send(proxy, "stream", **shape) for proxy in (self._nginx, self._gateway)]
+        while self._sent < options.memory_calls:
+            self._send(self._gateway, "memory", connections=options.connections)
+        time.sleep(1.0)
+        recorded = sum(self._client.xlen(get_stream_key(partition)) for partition in range(PARTITIONS))
+        holds = sum(self._client.hlen(f"holds:{get_partition_tag(partition)}") for partition in range(PARTITIONS))
+        return {
+            "workers": len(self._gateway.pids),
+            "measurements": [asdict(measurement) for measurement in measurements],
+            "redis_cpu_us_per_call": round(redis_us, 1),
+            "sent": self._sent,
+            "recorded": recorded,
+            "sent_minus_recorded": self._sent - recorded,
+            "holds_left": holds,
+            "rss_mb_at_start": rss_mb,
+            "rss_mb_at_end": self._read_rss_mb(),
+        }
+
+    def _send(self, proxy: Proxy, name: str, **shape: int) -> Measurement:
+        measurement = self._load.measure(proxy, name, **shape)
+        if proxy is self._gateway:
+            self._sent += measurement.calls
+        return measurement
+
+    def _read_rss_mb(self) -> list[int]:
+        return [read_rss_mb(pid) for pid in self._gateway.pids]
 
 
 class Load:
@@ -216,7 +256,10 @@ class Load:
         message = {"role": "user", "content": "Tell me about the river, the old mill and the sea."}
         body = json.dumps({"model": MODEL, "messages": [message], "max_tokens": 64, "stream": streamed})
         script = self._folder / "load.lua"
-        script.write_text(WRK_SCRIPT.format(api_key=self._api_key, body=body, pause_ms=pause_ms))
+        text = WRK_SCRIPT.format(api_key=self._api_key, body=body)
+        if pause_ms:
+            text += WRK_PAUSES.format(seed=1, pause_max_ms=2 * pause_ms)
+        script.write_text(text)
         url = f"http://127.0.0.1:{proxy.port}/v1/chat/completions"
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url]
         served, cpu_us = self.read_served(), read_cpu_us(proxy.pids)
@@ -238,8 +281,20 @@ class Load:
 
 
 def render(facts: dict) -> str:
-    """Return the table for a terminal."""
-    rows = {(row["load"], row["proxy"]): row for row in facts["measurements"]}
+    """Return the tables for a terminal."""
+    lines = []
+    for run in facts["runs"]:
+        lines += [f"{run['workers']} gateway process(es), appendfsync {facts['appendfsync']}", *_render_run(run), ""]
+    if len(facts["runs"]) > 1:
+        rates = [_index_rows(run)["plain", "gateway"]["calls_per_s"] for run in facts["runs"]]
+        shares = ", ".join(f"{run['workers']}: {rate}/s" for run, rate in zip(facts["runs"], rates, strict=True))
+        lines.append(f"plain calls by processes: {shares} (wrk, upstream and Redis share the {os.cpu_count()} cores)")
+    lines.append(f"load average at the end {facts['load_average']:.1f}")
+    return "\n".join(lines)
+
+
+def _render_run(run: dict) -> list[str]:
+    rows = _index_rows(run)
     titles = ("load", "proxy", "calls", "calls/s", "CPU µs/call", "p50 ms", "p99 ms")
     lines = ["{:10} {:8} {:>8} {:>8} {:>12} {:>8} {:>8} errors".format(*titles)]
     for (load, proxy), row in rows.items():
@@ -247,24 +302,34 @@ def render(facts: dict) -> str:
             f"{load:10} {proxy:8} {row['calls']:8} {row['calls_per_s']:8} {row['cpu_us_per_call']:12} "
             f"{row['p50_ms']:8} {row['p99_ms']:8} {row['errors']}"
         )
-    plain, stream = rows["plain", "gateway"], rows["stream", "gateway"]
-    nginx_plain, nginx_stream = rows["plain", "nginx"], rows["stream", "nginx"]
-    half = rows["half load", "gateway"]
-    base = rows["half load", "direct"]
-    lines += [
-        "",
-        f"plain call      {plain['cpu_us_per_call']} µs = {_divide(plain, nginx_plain)} x nginx",
-        f"stream          {stream['cpu_us_per_call']} µs = {_divide(stream, nginx_stream)} x nginx",
-        f"per chunk       {stream['cpu_us_per_call'] / CHUNKS:.1f} µs",
+    plain, chunk, streams = (
+        {proxy: read(proxy) for proxy in ("nginx", "gateway")}
+        for read in (
+            lambda proxy: rows["plain", proxy]["cpu_us_per_call"],
+            # What a stream costs beyond a plain call, by chunk.
+            lambda proxy: (rows["stream", proxy]["cpu_us_per_call"] - rows["plain", proxy]["cpu_us_per_call"]) / CHUNKS,
+            lambda proxy: rows["stream", proxy]["cpu_us_per_call"],
+        )
+    )
+    half, base = rows["half load", "gateway"], rows["half load", "direct"]
+    return [
+        *lines,
+        f"plain call      {plain['gateway']:.1f} µs = {_divide(plain)} x nginx",
+        f"  of Redis      {run['redis_cpu_us_per_call']} µs more in its own process",
+        f"stream          {streams['gateway']:.0f} µs = {_divide(streams)} x nginx",
+        f"chunk           {chunk['gateway']:.1f} µs = {_divide(chunk)} x nginx",
         f"added latency   p50 {half['p50_ms'] - base['p50_ms']:.2f} ms, p99 {half['p99_ms'] - base['p99_ms']:.2f} ms",
-        f"sent - recorded {facts['sent_minus_recorded']} (of {facts['sent']}), holds left {facts['holds_left']}",
-        f"memory          {facts['gateway_rss_mb']} MB by worker; appendfsync {facts['appendfsync']}",
+        f"sent - recorded {run['sent_minus_recorded']} (of {run['sent']}), holds left {run['holds_left']}",
+        f"memory          {run['rss_mb_at_start']} -> {run['rss_mb_at_end']} MB after {run['sent']} calls",
     ]
-    return "\n".join(lines)
 
 
-def _divide(row: dict, base: dict) -> str:
-    return f"{row['cpu_us_per_call'] / max(0.1, base['cpu_us_per_call']):.1f}"
+def _index_rows(run: dict) -> dict[tuple[str, str], dict]:
+    return {(row["load"], row["proxy"]): row for row in run["measurements"]}
+
+
+def _divide(cpu_us: dict[str, float]) -> str:
+    return f"{cpu_us['gateway'] / max(0.1, cpu_us['nginx']):.1f}"
 
 
 def publish_catalog(client: redis.Redis, upstream_port: int) -> str:
