@@ -29,7 +29,14 @@ LINGER_S = 2.0
 PIPELINED_MAX = 16
 USUAL_PATH_BYTES_MAX = 100
 TICK_S = 1.0
+# What a header counts beyond its bytes, so that a head of many tiny ones costs its sender as much as it costs us.
+HEADER_OVERHEAD_BYTES = 32
+# What may come before the parser has said anything of it, beside the largest head: one read of the socket.
+READ_BYTES_MAX = 256 * 1024
+# Bytes on the wire for each byte of a body in the smallest chunks.
+CHUNKED_BYTES_PER_BYTE = 16
 _FOR_EVER = float("inf")
+_VERSIONS = ("1.1", "1.0")
 
 
 class Application(Protocol):
@@ -70,9 +77,12 @@ class HttpConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._body: list[bytes] = []
         self._body_bytes = 0
+        self._received_bytes = 0
         self._has_begun = False
         # Nothing more is parsed: what the client sends from now on is thrown away.
         self._is_deaf = False
+        # A request that would also speak another protocol; the parser has not read its body.
+        self._upgrading: Exchange | None = None
         self._is_write_paused = False
         self._deadline = _FOR_EVER
 
@@ -90,7 +100,7 @@ class HttpConnection(asyncio.Protocol):
             return
         self._transport.write(data)
         if not exchange.is_kept_alive or self.is_stopping:
-            self._close()
+            self._close(hears_out=self._is_deaf or exchange.refusal is not None)
         elif self._waiting:
             self._loop.call_soon(self._start_next)
         else:
@@ -106,11 +116,12 @@ class HttpConnection(asyncio.Protocol):
         """Close a connection whose time is over; called by a coarse tick."""
         if now < self._deadline:
             return
-        if self._is_deaf or self._is_write_paused:
+        if self._is_deaf or self._is_write_paused or self._transport.is_closing():
             self.abort()
         elif self._has_begun:
             self._refuse(GatewayError(408, "request_timeout", "The request took too long to arrive."))
         else:
+            self._deadline = now + LINGER_S
             self._transport.close()
 
     def shutdown(self) -> None:
@@ -141,12 +152,9 @@ class HttpConnection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # No other protocol is spoken here. The request itself is served; nothing can follow it.
-            for exchange in (self._incoming, self._current, *self._waiting):
-                if exchange is not None:
-                    exchange.is_kept_alive = False
-            self._is_deaf = True
+        except httptools.HttpParserUpgrade as error:
+            self._ignore_upgrade(data[error.args[0] :])
+            return
         except httptools.HttpParserError as error:
             if not self._is_deaf:
                 self._refuse(_read_cause(error))
@@ -155,6 +163,8 @@ class HttpConnection(asyncio.Protocol):
         if incoming is not None and incoming.refusal is not None:
             # The rest of its body is not waited for.
             self._refuse(incoming.refusal)
+        elif self._has_begun:
+            self._count_received(len(data))
 
     def pause_writing(self) -> None:
         self._is_write_paused = True
@@ -176,7 +186,7 @@ class HttpConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._url = b""
         self._headers = {}
-        self._head_bytes = self._body_bytes = 0
+        self._head_bytes = self._body_bytes = self._received_bytes = 0
         self._body = []
         self._has_begun = True
         if self._current is None:
@@ -190,15 +200,25 @@ class HttpConnection(asyncio.Protocol):
         name = name.lower()
         headers = self._headers
         headers[name] = value if name not in headers else headers[name] + b", " + value
-        self._count_head(len(name) + len(value))
+        self._count_head(len(name) + len(value) + HEADER_OVERHEAD_BYTES)
 
     def on_headers_complete(self) -> None:
         parser = self._parser
-        exchange = Exchange(self, parser.get_method().decode("ascii"), read_path(self._url), self._headers)
-        exchange.is_http_1_1 = parser.get_http_version() == "1.1"
+        headers = self._headers
+        exchange = Exchange(self, parser.get_method().decode("ascii"), read_path(self._url), headers)
+        # Trailers are no headers: what comes behind the body says nothing of who calls, or what for.
+        self._headers = {}
+        version = parser.get_http_version()
+        exchange.is_http_1_1 = version == "1.1"
         exchange.is_kept_alive = exchange.is_http_1_1 and parser.should_keep_alive()
+        if b"upgrade" in headers and parser.should_upgrade():
+            self._upgrading = exchange
+            return
         self._incoming = exchange
-        length = self._headers.get(b"content-length")
+        if version not in _VERSIONS:
+            exchange.refusal = GatewayError(400, "invalid_http", "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+            return
+        length = headers.get(b"content-length")
         try:
             self._application.check_head(exchange)
         except GatewayError as error:
@@ -207,7 +227,7 @@ class HttpConnection(asyncio.Protocol):
         if length is not None and int(length) > self.body_bytes_max:
             self._refuse_body(exchange)
             return
-        if self._current is None and self._headers.get(b"expect", b"").lower() == b"100-continue":
+        if self._current is None and headers.get(b"expect", b"").lower() == b"100-continue":
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -231,6 +251,26 @@ class HttpConnection(asyncio.Protocol):
         self._take(exchange)
         if not exchange.is_kept_alive:
             self._is_deaf = True
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read a request as if it had not offered another protocol (RFC 9110, 7.8), or let a tunnel be refused.
+
+        Java's own client offers HTTP/2 with each request, and the parser takes the body for that.
+        """
+        exchange, self._upgrading = self._upgrading, None
+        if exchange is None:
+            self._is_deaf = True
+            if self._current is None:
+                self._close(hears_out=True)
+            else:
+                self._current.is_kept_alive = False
+            return
+        lines = [b"%b %b HTTP/1.1\r\n" % (exchange.method.encode(), self._url)]
+        for name, value in exchange.headers.items():
+            if name not in (b"connection", b"upgrade"):
+                lines.append(b"%b: %b\r\n" % (name, value))
+        self._parser = httptools.HttpRequestParser(self)
+        self.data_received(b"".join(lines) + b"\r\n" + rest)
 
     # Order
 
@@ -273,14 +313,15 @@ class HttpConnection(asyncio.Protocol):
         self._take(exchange)
         self._is_deaf = True
 
-    def _close(self) -> None:
+    def _close(self, *, hears_out: bool) -> None:
         """Close after the last answer; a client that is still sending is first heard out, or it might not see it."""
-        if self._is_deaf:
+        if hears_out:
             self._deadline = self._loop.time() + LINGER_S
             self._transport.resume_reading()
             if self._transport.can_write_eof():
                 self._transport.write_eof()
             return
+        self._deadline = self._loop.time() + CLIENT_STALL_S
         self._transport.close()
 
     def _count_head(self, count: int) -> None:
@@ -288,6 +329,13 @@ class HttpConnection(asyncio.Protocol):
         if self._head_bytes > self.header_bytes_max:
             # Raised through the parser, which then stops.
             raise GatewayError(431, "headers_too_large", "The request's headers are too large.")
+
+    def _count_received(self, count: int) -> None:
+        """Bound what the parser keeps, or drops, without a word: an endless header or trailer, chunk extensions."""
+        self._received_bytes += count
+        bytes_max = self.header_bytes_max + READ_BYTES_MAX + CHUNKED_BYTES_PER_BYTE * self._body_bytes
+        if self._received_bytes > bytes_max:
+            self._refuse(GatewayError(431, "headers_too_large", "The request's headers are too large."))
 
     def _refuse_body(self, exchange: Exchange) -> None:
         self._body = []

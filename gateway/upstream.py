@@ -73,6 +73,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._broken: Exception | None = None
         self._timeout_s = 0.0
         self._header_bytes = 0
+        self._bare_bytes = 0
         self._is_paused = False
         self._has_head = False
         self._has_bytes = False
@@ -90,7 +91,7 @@ class UpstreamConnection(asyncio.Protocol):
         assert self._is_complete
         self.status = 0
         self.headers = {}
-        self._header_bytes = self._buffered = 0
+        self._header_bytes = self._bare_bytes = self._buffered = 0
         self._buffered_max = BUFFERED_BYTES_MAX
         self._has_head = self._has_bytes = self._is_complete = False
         self._timeout_s = timeout_s
@@ -219,10 +220,15 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._has_bytes = True
         self.deadline = self._loop.time() + self._timeout_s
+        buffered = self._buffered
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.fail("upstream_malformed", "The upstream's answer is not valid HTTP.")
+        if self._buffered != buffered:
+            self._bare_bytes = 0
+        elif not self._is_complete:
+            self._count_bare(len(data))
         self._flush()
 
     # httptools callbacks
@@ -239,6 +245,8 @@ class UpstreamConnection(asyncio.Protocol):
         if self._header_bytes > RESPONSE_HEADER_BYTES_MAX:
             self.fail("upstream_malformed", "The upstream's headers are too large.")
             return
+        if self._has_head:
+            return  # a trailer
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
@@ -280,6 +288,12 @@ class UpstreamConnection(asyncio.Protocol):
                 self._wake()
             else:
                 self.set_paused(True)
+
+    def _count_bare(self, count: int) -> None:
+        """Bound what comes without any body in it: an endless header or trailer, interim answers, chunk extensions."""
+        self._bare_bytes += count
+        if self._bare_bytes > RESPONSE_HEADER_BYTES_MAX:
+            self.fail("upstream_malformed", "The upstream's headers are too large.")
 
     def _go_on(self) -> None:
         if self._is_paused:
