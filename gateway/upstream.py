@@ -250,7 +250,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
-        if self._is_complete:
+        if self._is_complete or self._failure is not None:
             return
         self.status = self._parser.get_status_code()
         if self.status < 200:
