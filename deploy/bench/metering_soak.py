@@ -27,7 +27,7 @@ import msgspec
 import psycopg
 import redis
 
-from deploy.bench.metering import TENANTS, build_catalog, build_events
+from deploy.bench.metering_load import TENANTS, build_catalog, build_events
 from deploy.embedded import EmbeddedPostgres, EmbeddedRedis
 from gateway.contract import catalog_snapshot
 from gateway.contract.streams import EVENT_FIELD, get_partition, get_stream_key
