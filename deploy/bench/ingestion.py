@@ -23,7 +23,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from deploy.bench.metering import build_catalog, configure, preload, read_postgres_cpu_s
+from deploy.bench.metering import configure
+from deploy.bench.metering_load import build_catalog, preload
+from deploy.bench.metering_workers import read_postgres_cpu_s
 from deploy.embedded import EmbeddedPostgres, EmbeddedRedis
 from deploy.embedded.server import choose_free_port
 
@@ -87,7 +89,7 @@ def measure(options: argparse.Namespace, postgres: EmbeddedPostgres) -> Measurem
     from metering.services import store_catalog_snapshot
 
     store_catalog_snapshot(name_upstreams(build_catalog(1)))
-    preload(postgres, options.preload)
+    preload(postgres, first=1, last=options.preload)
     senders = [build_sender(number, options) for number in range(options.connections)]
     port = choose_free_port()
     web = start_web(port)
@@ -222,13 +224,15 @@ def send_all(port: int, sender: Sender) -> tuple[int, int, list[float]]:
 
 
 def copy_bare(postgres: EmbeddedPostgres, count: int, batch: int) -> float:
-    """Copy the rows recorded last into the bare table, in commits of `batch`; return the seconds it took."""
+    """Copy the rows recorded last into a table of the preloaded ones, in commits of `batch`; return the seconds."""
     import psycopg
 
     with psycopg.connect(postgres.owner_url(), autocommit=True) as connection:
         query = f"COPY (SELECT * FROM metering_usage_event ORDER BY recording_id DESC, seq LIMIT {count}) TO STDOUT"
         with connection.cursor() as cursor, cursor.copy(query) as copy:
             lines = b"".join(copy).splitlines(keepends=True)
+        connection.execute("CREATE TABLE bench_bare_event (LIKE metering_usage_event INCLUDING ALL)")
+        connection.execute("INSERT INTO bench_bare_event SELECT * FROM metering_usage_event WHERE recording_id = 1")
         batches = [b"".join(lines[start : start + batch]) for start in range(0, len(lines), batch)]
         started = time.perf_counter()
         for rows in batches:

@@ -88,6 +88,10 @@ class Bench:
     """The servers of one run and what is in them."""
 
     def __init__(self, postgres: EmbeddedPostgres, folder: Path, options: argparse.Namespace) -> None:
+        from metering.services import ensure_stream_partitions, store_catalog_snapshot
+
+        store_catalog_snapshot(build_catalog(PARTITIONS_MAX))
+        ensure_stream_partitions(PARTITIONS_MAX)
         self._postgres = postgres
         self._folder = folder
         self._options = options
@@ -254,10 +258,6 @@ def configure(folder: Path, postgres: EmbeddedPostgres, server: EmbeddedRedis) -
     import django
 
     django.setup()
-    from metering.services import ensure_stream_partitions, store_catalog_snapshot
-
-    store_catalog_snapshot(build_catalog(PARTITIONS_MAX))
-    ensure_stream_partitions(PARTITIONS_MAX)
 
 
 def run(bench: Bench, options: argparse.Namespace) -> Iterator[Measurement | Latency | Verified]:
