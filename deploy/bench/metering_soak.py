@@ -69,6 +69,7 @@ class SoakReport:
     failpoint_deaths: int = 0
     redis_kills: int = 0
     postgres_kills: int = 0
+    victims: int = 0
     seconds: int = 0
     differences: list[str] = field(default_factory=list)
 
@@ -139,6 +140,7 @@ def run_soak(options: SoakOptions, postgres: EmbeddedPostgres, server: EmbeddedR
     finally:
         chaos.stop_consumers()
         feeder.join(timeout=_FINISH_TIMEOUT_S)
+    report.victims = chaos.count_victims()
     stop_victims(postgres)
     run_command(environment, "roll_up")
     report.differences = compare(traffic, postgres)
@@ -265,6 +267,14 @@ class Chaos:
             process.wait()
         self._processes = []
 
+    @property
+    def postgres_kills(self) -> int:
+        return self._report.postgres_kills
+
+    def count_victims(self) -> int:
+        """Return how many recordings the database chose as victims, and the consumers repeated."""
+        return self._log.read_text().count("victim of the soak test")
+
     def count_server_kill(self, name: str) -> None:
         setattr(self._report, name, getattr(self._report, name) + 1)
 
@@ -283,7 +293,11 @@ def disturb(
         if deaths and feeder.share_sent >= deaths[0][0]:
             _, name = deaths.pop(0)
             victim = server if name == "redis_kills" else postgres
-            victim.kill()
+            # PostgreSQL by turns as `pg_ctl stop -m immediate` does, and by SIGKILL of its first process.
+            if victim is postgres and chaos.postgres_kills % 2 == 0:
+                postgres.stop("immediate")
+            else:
+                victim.kill()
             time.sleep(0.3)
             victim.start()
             chaos.count_server_kill(name)

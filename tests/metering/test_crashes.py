@@ -78,3 +78,4 @@ def test_random_deaths_of_consumers_and_servers(
     assert report.deliveries > 3_000
     assert (report.redis_kills, report.postgres_kills) == (1, 1)
     assert report.consumer_kills >= 4
+    assert report.victims >= 1
