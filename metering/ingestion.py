@@ -16,6 +16,7 @@ from django.db import connection, transaction
 
 from gateway.contract import usage_event
 from gateway.contract.usage_event import UsageEvent
+from metering import failpoints
 from metering.catalog import load_catalog
 from metering.core.attribution import QuarantineReason
 from metering.event_partitions import ensure_event_partitions
@@ -70,7 +71,9 @@ def record_sourced_events(sourced: Sequence[SourcedEvent], *, kind: Recording.Ki
                 _record_source(sourced, positions[source], results, kind)
         return [results[position] for position in range(len(sourced))]
 
-    return run_with_retries(record, what="recording usage from outside")
+    results = run_with_retries(record, what="recording usage from outside")
+    failpoints.reach("after_commit")
+    return results
 
 
 @dataclass(frozen=True, slots=True)
