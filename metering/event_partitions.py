@@ -65,17 +65,6 @@ def create_event_partitions(days: Iterable[date]) -> list[date]:
     return created
 
 
-def get_oldest_partition_day() -> date | None:
-    """Return the UTC day of the oldest partition of raw events that is attached, or None where there is none."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT to_date(min(right(relname, 8)), 'YYYYMMDD') FROM pg_inherits JOIN pg_class ON oid = inhrelid "
-            "WHERE inhparent = 'metering_usage_event'::regclass"
-        )
-        day: date | None = cursor.fetchone()[0]
-        return day
-
-
 def clear_known_days() -> None:
     """Forget which partitions exist, for tests that change databases."""
     _known_days.clear()

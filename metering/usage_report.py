@@ -16,7 +16,6 @@ from django.db import OperationalError, connection, transaction
 
 from gateway.contract.usage_event import LABEL_LENGTH_MAX
 from metering.errors import UsageQuestionError
-from metering.event_partitions import get_oldest_partition_day
 from metering.names import find_ids, get_name
 from metering.selectors import get_watermark
 from metering.usage_sums import (
@@ -25,7 +24,6 @@ from metering.usage_sums import (
     Grouping,
     UsageFilter,
     by_label,
-    has_usage,
     select_usage,
 )
 
@@ -153,7 +151,6 @@ def _select(
 ) -> list[tuple[Any, ...]]:
     if not question.is_raw:
         return select_usage(usage_filter, groupings, **page)
-    _refuse_detached_days(question)
     try:
         with transaction.atomic():
             with connection.cursor() as cursor:
@@ -161,21 +158,11 @@ def _select(
             rows = select_usage(usage_filter, groupings, is_raw=True, **page)
             with connection.cursor() as cursor:
                 cursor.execute("SET LOCAL statement_timeout = DEFAULT")
-            return rows
+        return rows
     except OperationalError as error:
         if isinstance(error.__cause__, psycopg.errors.QueryCanceled):
             raise UsageQuestionError("end", f"this takes more than {RAW_TIMEOUT_S} s: ask for fewer days") from error
         raise
-
-
-def _refuse_detached_days(question: UsageQuestion) -> None:
-    """Hours of days whose raw events are exported and detached would be missing from the answer, silently."""
-    oldest = get_oldest_partition_day()
-    if oldest is None or question.start > oldest:
-        return
-    tenant_ids = None if question.tenant_id is None else [question.tenant_id]
-    if has_usage(UsageFilter(period_start=question.start, period_end=oldest, tenant_ids=tenant_ids)):
-        raise UsageQuestionError("start", f"by hour or label, ask for days from {oldest} on: older events are exported")
 
 
 def _build_row(question: UsageQuestion, row: tuple[Any, ...]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 from django.core.cache import cache
 
 from billing.models import ApiKey
+from metering.retention.models import DetachedPartition, ExportedDay
 
 USAGE = "/api/v1/usage"
 ASKED = {"start": "2026-10-01", "end": "2026-12-01"}
@@ -112,13 +113,17 @@ def test_hours_are_of_raw_events(acme):
     assert acme.get(USAGE, asked | {"by": "label.team"}).json()["results"][0]["label.team"] == ""
 
 
-def test_hours_of_days_that_are_exported_are_refused(acme, monkeypatch):
-    monkeypatch.setattr("metering.usage_report.get_oldest_partition_day", lambda: date(2026, 11, 5))
+def test_hours_of_days_that_are_exported_are_refused(acme):
+    sums = ("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens")
+    facts = dict.fromkeys(("part", "file_bytes", "event_count", *sums), 1)
+    export = ExportedDay.objects.create(day=date(2026, 11, 3), path="x", sha256="", content_sha256="", **facts)
+    DetachedPartition.objects.create(export=export)
     asked = {"start": "2026-11-01", "end": "2026-11-08", "by": "hour"}
     assert acme.get(USAGE, asked).json() == {
-        "start": ["by hour or label, ask for days from 2026-11-05 on: older events are exported"]
+        "start": ["the calls of 2026-11-03 are kept in an export: ask by day, without hours and labels"]
     }
-    assert acme.get(USAGE, asked | {"start": "2026-11-04"}).status_code == 200
+    assert acme.get(USAGE, asked | {"start": "2026-11-05"}).status_code == 200
+    assert acme.get(USAGE, asked | {"by": "day"}).status_code == 200
 
 
 def test_csv_has_the_same_rows(staff):
