@@ -236,10 +236,10 @@ class Relay:
         call, exchange = self._call, self._exchange
         body = await connection.read_body(bytes_max=self._parts.settings.response_bytes_max)
         call.first_byte_us = self._measure_us()
+        # Once released, the connection may serve another call, and its headers are that one's.
+        headers = connection.headers
         self._release()
-        result = provider.parse_response(
-            body, connection.headers, context_tokens_max=call.window_tokens, call=call.request
-        )
+        result = provider.parse_response(body, headers, context_tokens_max=call.window_tokens, call=call.request)
         if result.error is not None:
             raise AttemptFailedError(result.error.code, result.error, is_exposed=True)
         self._note_success(upstream)
@@ -251,7 +251,7 @@ class Relay:
             cost = await self._settle(verdict)
         except SpoolFullError:
             raise build_metering_unavailable() from None
-        content_type = connection.headers.get("content-type", "application/json")
+        content_type = headers.get("content-type", "application/json")
         await exchange.send_whole(
             200,
             [

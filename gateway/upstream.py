@@ -92,6 +92,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.status = 0
         self.headers = {}
         self._header_bytes = self._bare_bytes = self._buffered = 0
+        self._broken = None
         self._buffered_max = BUFFERED_BYTES_MAX
         self._has_head = self._has_bytes = self._is_complete = False
         self._timeout_s = timeout_s

@@ -216,6 +216,17 @@ def list_used(usage_filter: UsageFilter, grouping: Grouping) -> list[Any]:
     return [row[0] for row in select_usage(usage_filter, [grouping])]
 
 
+def list_usage_months(start: date, end: date) -> list[date]:
+    """Return the first days of the months of days `[start, end)` that have or had any usage, oldest first."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"SELECT DISTINCT date_trunc('month', usage_on)::date FROM {ROLLUPS} "
+            "WHERE usage_on >= %s AND usage_on < %s ORDER BY 1",
+            [start, end],
+        )
+        return [row[0] for row in cursor.fetchall()]
+
+
 def has_usage(usage_filter: UsageFilter) -> bool:
     """Return whether there is any matching usage."""
     conditions = list(_list_conditions(usage_filter, parameters := {}))

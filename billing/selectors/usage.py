@@ -13,10 +13,11 @@ from billing.core.periods import Month
 from billing.core.rate_cards import build_segments
 from billing.models import Tenant
 from gateway.contract.token_kind import split_token_kinds
-from metering.models import QuarantinedEvent, UsageRollup
+from metering.models import QuarantinedEvent
 from metering.selectors import get_metering_state
 from metering.usage_sums import Grouping, UsageFilter, list_used, select_usage
 from metering.usage_sums import has_usage as metering_has_usage
+from metering.usage_sums import list_usage_months as metering_list_usage_months
 from metering.verification import verify_period
 
 # A call of the last minutes of a period may be written to its stream a little after the end.
@@ -62,8 +63,7 @@ def list_usage_months(start: date, end: date) -> list[Month]:
 
     A month that corrections emptied is one of them: what was accrued for it has to be taken back.
     """
-    days = UsageRollup.objects.filter(usage_on__gte=start, usage_on__lt=end)
-    return [Month.of(day) for day in days.dates("usage_on", "month")]
+    return [Month.of(day) for day in metering_list_usage_months(start, end)]
 
 
 def has_usage(

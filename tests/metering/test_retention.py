@@ -65,6 +65,14 @@ def build_day(day: date, *, first_seq: int, count: int = 30, producer: str = "ga
     ]
 
 
+@pytest.fixture(autouse=True)
+def _no_old_partitions(transactional_db: None) -> None:
+    """Partitions outlive the tests that made them, and other tests record in the past, too."""
+    for name in list_tables():
+        with connection.cursor() as cursor:
+            cursor.execute(f'DROP TABLE "{name}"')
+
+
 @pytest.fixture
 def old_days(metering: redis.Redis, tmp_path: Path, settings: Any) -> tuple[redis.Redis, list[UsageEvent]]:
     settings.METERING_EXPORT_DIR = tmp_path / "exports"
