@@ -84,6 +84,9 @@ class HttpConnection(asyncio.Protocol):
         # A request that would also speak another protocol; the parser has not read its body.
         self._upgrading: Exchange | None = None
         self._is_write_paused = False
+        self._stall_deadline = _FOR_EVER
+        # What the client had yet to read when `_stall_deadline` was set.
+        self._unread_bytes = 0
         self._deadline = _FOR_EVER
 
     # For exchanges
@@ -102,7 +105,7 @@ class HttpConnection(asyncio.Protocol):
         if not exchange.is_kept_alive or self.is_stopping:
             self._close(hears_out=self._is_deaf or exchange.refusal is not None)
         elif self._waiting:
-            self._loop.call_soon(self._start_next)
+            self._call_next()
         else:
             self._await_request()
 
@@ -114,9 +117,13 @@ class HttpConnection(asyncio.Protocol):
 
     def check_time(self, now: float) -> None:
         """Close a connection whose time is over; called by a coarse tick."""
+        if self._is_write_paused:
+            if now >= self._stall_deadline and not self._has_read():
+                self.abort()
+            return
         if now < self._deadline:
             return
-        if self._is_deaf or self._is_write_paused or self._transport.is_closing():
+        if self._is_deaf or self._transport.is_closing():
             self.abort()
         elif self._has_begun:
             self._refuse(GatewayError(408, "request_timeout", "The request took too long to arrive."))
@@ -168,16 +175,19 @@ class HttpConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_write_paused = True
-        self._deadline = self._loop.time() + CLIENT_STALL_S
+        self._begin_stall()
         if self.pause_callback is not None:
             self.pause_callback(True)
 
     def resume_writing(self) -> None:
         self._is_write_paused = False
-        if self._current is not None:
-            self._deadline = _FOR_EVER
-        elif not self._is_deaf:
-            self._await_request()
+        if self._current is None:
+            if self._waiting:
+                self._call_next()
+            elif self._is_deaf:
+                self._deadline = self._loop.time() + LINGER_S
+            else:
+                self._await_request()
         if self.pause_callback is not None:
             self.pause_callback(False)
 
@@ -275,7 +285,8 @@ class HttpConnection(asyncio.Protocol):
     # Order
 
     def _take(self, exchange: Exchange) -> None:
-        if self._current is None and not self._waiting:
+        # No answer is made for a client that does not read those before it: they would pile up here.
+        if self._current is None and not self._waiting and not self._is_write_paused:
             self._start(exchange)
         elif len(self._waiting) < PIPELINED_MAX and not self._is_deaf:
             self._waiting.append(exchange)
@@ -293,8 +304,12 @@ class HttpConnection(asyncio.Protocol):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _call_next(self) -> None:
+        if not self._is_write_paused:
+            self._loop.call_soon(self._start_next)
+
     def _start_next(self) -> None:
-        if self._waiting and self._current is None and not self.is_gone:
+        if self._waiting and self._current is None and not self._is_write_paused and not self.is_gone:
             exchange = self._waiting.popleft()
             if not self._waiting and not self._is_deaf:
                 self._transport.resume_reading()
@@ -302,6 +317,16 @@ class HttpConnection(asyncio.Protocol):
 
     def _await_request(self) -> None:
         self._deadline = self._loop.time() + (self.receive_timeout_s if self._has_begun else KEEP_ALIVE_S)
+
+    def _begin_stall(self) -> None:
+        self._stall_deadline = self._loop.time() + CLIENT_STALL_S
+        self._unread_bytes = self._transport.get_write_buffer_size()
+
+    def _has_read(self) -> bool:
+        """Whether the client has read anything since its time began; if so, it begins anew."""
+        before = self._unread_bytes
+        self._begin_stall()
+        return self._unread_bytes < before
 
     def _refuse(self, error: GatewayError) -> None:
         """Answer the request that is being received with `error`, after those before it, and close."""
