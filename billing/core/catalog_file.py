@@ -21,8 +21,8 @@ from billing.core import catalog_columns as read
 from billing.core.catalog_columns import column, rows
 from billing.core.errors import BillingError
 
-# Sums of a price and a price of holds stay integers that Lua's doubles hold exactly.
-EXACT_INTEGER_MAX = 2**53
+# Lua compares doubles: from 2^53 on a limit would not be exact, and the gateway refuses it.
+EXACT_INTEGER_MAX = 2**53 - 1
 NANO = 10**9
 BPS_MAX = 10_000
 

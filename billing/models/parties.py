@@ -9,6 +9,8 @@ from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator, RegexValidator
 from django.db import models
 
+from billing.core.catalog_file import EXACT_INTEGER_MAX, NANO
+
 SLUG = RegexValidator(r"^[a-z0-9][a-z0-9._-]{0,62}$", "use lower-case letters, digits, '.', '_' and '-' (63 at most)")
 CURRENCY = RegexValidator(r"^[A-Z]{3}$", "use an ISO 4217 code, e.g. USD")
 
@@ -25,11 +27,22 @@ class LimitedTable(models.Model):
     requests_per_minute = models.PositiveIntegerField(null=True, blank=True)
     tokens_per_minute = models.PositiveBigIntegerField(null=True, blank=True)
     concurrent_calls = models.PositiveIntegerField(null=True, blank=True)
-    # Lua compares doubles: beyond 2^53 a limit would not be exact.
     monthly_budget_nano = models.PositiveBigIntegerField(null=True, blank=True)
 
     class Meta:
         abstract = True
+        constraints = (
+            models.CheckConstraint(
+                condition=models.Q(tokens_per_minute__lte=EXACT_INTEGER_MAX),
+                name="%(class)s_tokens_per_minute_exact",
+                violation_error_message=f"tokens per minute: {EXACT_INTEGER_MAX} at most, or empty for no limit",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(monthly_budget_nano__lte=EXACT_INTEGER_MAX),
+                name="%(class)s_monthly_budget_exact",
+                violation_error_message=f"monthly budget: {EXACT_INTEGER_MAX // NANO} at most, or empty for no limit",
+            ),
+        )
 
 
 class Party(models.Model):
@@ -69,7 +82,7 @@ class Tenant(LimitedTable):
     tax_name = models.CharField(max_length=40, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
-    class Meta:
+    class Meta(LimitedTable.Meta):
         ordering = ("party__slug",)
 
     def __str__(self) -> str:
@@ -101,7 +114,7 @@ class ApiKey(LimitedTable):
     expires_at = models.DateTimeField(null=True, blank=True)
     revoked_at = models.DateTimeField(null=True, blank=True, editable=False)
 
-    class Meta:
+    class Meta(LimitedTable.Meta):
         verbose_name = "API key"
         ordering = ("-created_at",)
 

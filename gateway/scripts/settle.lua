@@ -17,6 +17,20 @@
 local MARKER_TTL_S = 40 * 86400
 local MONTH_TTL_S = 100 * 86400
 local SLOTS = 61
+-- Sums stop there: admission compares them as doubles, and an overflow would refuse this settle at each retry.
+local SUM_MAX = 2^53 - 1
+
+-- Add `number` (from ARGV) to a sum, `SUM_MAX` at most; return the sum.
+local function add(key, field, number)
+  if tonumber(number) > SUM_MAX then
+    number = string.format('%.0f', SUM_MAX)
+  end
+  local sum = redis.call('HINCRBY', key, field, number)
+  if sum > SUM_MAX then
+    redis.call('HSET', key, field, string.format('%.0f', SUM_MAX))
+  end
+  return sum
+end
 
 local producer, call_id, event = ARGV[2], ARGV[5], ARGV[6]
 local seq, floor = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -68,16 +82,16 @@ elseif ARGV[7] == '1' then
 end
 
 for month = 8, 9 do
-  if redis.call('HINCRBY', KEYS[month], 'cost', ARGV[8]) == tonumber(ARGV[8]) then
+  if add(KEYS[month], 'cost', ARGV[8]) == tonumber(ARGV[8]) then
     redis.call('EXPIRE', KEYS[month], MONTH_TTL_S)
   end
 end
 if ARGV[9] ~= '' then
   local model = ARGV[9] .. ':'
   redis.call('HINCRBY', KEYS[8], model .. 'calls', 1)
-  redis.call('HINCRBY', KEYS[8], model .. 'input', ARGV[10])
-  redis.call('HINCRBY', KEYS[8], model .. 'output', ARGV[11])
-  redis.call('HINCRBY', KEYS[8], model .. 'cost', ARGV[8])
+  add(KEYS[8], model .. 'input', ARGV[10])
+  add(KEYS[8], model .. 'output', ARGV[11])
+  add(KEYS[8], model .. 'cost', ARGV[8])
 end
 
 if ARGV[12] ~= '' then

@@ -239,6 +239,28 @@ def test_the_budget_counts_what_is_spent_and_held_to_the_nano(scripts: Scripts) 
     assert scripts.read_scope() == {"running": 0, "held": 0}
 
 
+def test_sums_stop_below_2_to_the_53_and_never_refuse_a_settle(scripts: Scripts) -> None:
+    edge = 2**53 - 1
+    months = KEYS.get_month_keys(*OWNER, MONTH)
+
+    def read_sums() -> list[int]:
+        names = ("11:cost", "11:input", "11:output")
+        return [int(scripts.client.hget(key, "cost")) for key in months] + [
+            int(value) for value in scripts.client.hmget(months[0], names)
+        ]
+
+    def settle(seq: int, number: int) -> str:
+        return scripts.settle(seq, f"call-{seq}", cost_nano=number, input_tokens=number, output_tokens=number)
+
+    assert [settle(1, edge - 1), settle(2, 1)] == ["event", "event"]
+    assert read_sums() == [edge] * 5
+    assert [settle(seq, number) for seq, number in ((3, 1), (4, edge), (5, 2**63), (6, 2**64))] == ["event"] * 4
+    assert read_sums() == [edge] * 5
+    assert scripts.client.hget(months[0], "11:calls") == b"6"
+    assert scripts.admit("call-7", nano=1, limits=("", "", "", edge)) == [0, b"budget", 1, 0, edge]
+    assert [value for _name, value in scripts.read_stream()] == [b"event %d" % seq for seq in range(1, 7)]
+
+
 def test_a_refused_admission_changes_nothing(scripts: Scripts) -> None:
     # The tenant would allow it, the key does not.
     limits = (10, 1_000, 10, 1_000_000, "", "", 0, "")

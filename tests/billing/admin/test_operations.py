@@ -6,6 +6,7 @@ from decimal import Decimal
 import pytest
 from django.contrib.auth.models import User
 from django.contrib.messages import get_messages
+from django.db import IntegrityError, transaction
 from django.urls import reverse
 
 from billing.models import (
@@ -99,6 +100,30 @@ def test_limits_of_a_key_are_kept_in_nano_currency(house, operator):
     key.refresh_from_db()
     assert (key.requests_per_minute, key.tokens_per_minute, key.monthly_budget_nano) == (60, None, 1_250_000_000_001)
     assert 'value="1250.000000001"' in operator.get(url_of(ApiKey, "change", key.pk)).content.decode()
+
+
+@pytest.mark.parametrize(
+    ("field", "most", "over", "problem"),
+    [
+        ("monthly_budget", "9007199", "9007199.254740992", "less than or equal to 9007199"),
+        ("tokens_per_minute", str(2**53 - 1), str(2**53), "tokens per minute: 9007199254740991 at most"),
+    ],
+)
+def test_a_limit_that_the_gateway_could_not_compare_exactly_is_refused(house, operator, field, most, over, problem):
+    key, _ = issue_api_key("acme", actor_name="test")
+    url, values = url_of(ApiKey, "change", key.pk), {"name": "ci", "served_models": ""}
+    refused = operator.post(url, {**values, field: over})
+    assert problem in str(refused.context["adminform"].form.errors)
+    assert operator.post(url, {**values, field: most}).status_code == 302
+
+
+@pytest.mark.parametrize("field", ["monthly_budget_nano", "tokens_per_minute"])
+def test_the_database_refuses_such_a_limit_however_it_comes(house, field):
+    for table in (Tenant, ApiKey):
+        issue_api_key("acme", actor_name="test")
+        table.objects.update(**{field: 2**53 - 1})
+        with pytest.raises(IntegrityError, match="_exact"), transaction.atomic():
+            table.objects.update(**{field: 2**53})
 
 
 def test_tenant_is_created_with_a_contract(house, operator):

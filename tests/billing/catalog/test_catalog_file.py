@@ -156,7 +156,7 @@ served_model = "a"
 effective_from = 2026-01-01
 source = "list"
 source_on = 2026-01-01
-rates = { input = "9007199.254740993", output = "9007199.254740992" }
+rates = { input = "9007199.254740992", output = "9007199.254740991" }
 
 [[price_books.rate_cards]]
 served_model = "a"
@@ -170,6 +170,7 @@ rates = { input = "1", output = "1" }
 party = "other"
 currency = "CNY"
 tax_rate_bps = 600
+monthly_budget = "9007199.254740992"
 
 [[tenants.contracts]]
 price_book = "usd"
@@ -188,8 +189,9 @@ def test_days_lineage_and_magnitudes_are_checked():
         "price_books 'usd' rate_cards 'a': effective_to 2026-06-01 is not after effective_from 2026-06-01",
         "price_books 'usd' rate_cards 'a': the one from 2026-01-01 still applies on 2026-06-01; end it with "
         "effective_to = 2026-06-01",
-        "price_books 'usd' rate_cards 'a': input 9007199.254740993 per 1,000,000 tokens is above 9007199, the most "
+        "price_books 'usd' rate_cards 'a': input 9007199.254740992 per 1,000,000 tokens is above 9007199, the most "
         "that can be counted exactly; is the unit right?",
+        "tenants 'other': monthly_budget is above 9007199, the most that can be counted exactly",
     ]
 
 

@@ -249,8 +249,8 @@ def test_inactive_records_stay(published):
         ("0.0000000001", 1),
         ("0.000000000000000001", 1),
         ("0", 0),
-        ("9007199.254740992", 2**53),
-        ("9007199.254740991999999999", 2**53),
+        ("9007199.254740991", 2**53 - 1),
+        ("9007199.254740990000000001", 2**53 - 1),
     ],
 )
 def test_nano_prices_round_up(price, nano):
@@ -258,5 +258,5 @@ def test_nano_prices_round_up(price, nano):
 
 
 def test_price_beyond_exact_integers_is_refused(published):
-    with pytest.raises(PriceNotExactError, match=r"a price of 9007199\.254740993 per 1,000,000 tokens is too great"):
-        compute_nano_per_mtok(Decimal(2**53 + 1) / NANO)
+    with pytest.raises(PriceNotExactError, match=r"a price of 9007199\.254740992 per 1,000,000 tokens is too great"):
+        compute_nano_per_mtok(Decimal(2**53) / NANO)
