@@ -9,6 +9,7 @@ from django import forms
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
+from django.urls import reverse
 from django.utils import timezone
 from unfold.contrib.filters.admin import RelatedDropdownFilter
 from unfold.decorators import action, display
@@ -157,6 +158,7 @@ def run_issue_key(model_admin: Any, request: HttpRequest, tenant: Tenant) -> Htt
             "tenant": tenant,
             "row": row,
             "api_key": api_key,
+            "back": reverse("admin:billing_tenant_change", args=[tenant.pk]),
         }
         response = TemplateResponse(request, "billing/issued_key.html", context)
         response["Cache-Control"] = "no-store"

@@ -9,6 +9,7 @@ from django import forms
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
+from django.urls import reverse
 from unfold.decorators import action, display
 from unfold.widgets import UnfoldAdminDateWidget, UnfoldAdminSelectMultipleWidget, UnfoldAdminTextInputWidget
 
@@ -110,6 +111,7 @@ class IngestionSourceAdmin(ReadOnlyAdmin):
                 "title": f"The token of {row.name}",
                 "row": row,
                 "token": token,
+                "back": reverse("admin:metering_ingestionsource_change", args=[row.pk]),
             }
             response = TemplateResponse(request, "billing/issued_token.html", context)
             response["Cache-Control"] = "no-store"
