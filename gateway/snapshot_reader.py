@@ -55,6 +55,7 @@ class PartitionKeys:
     leases: str
     progress: str
     sweeper_lock: str
+    replays: str
     tag: str
 
     def get_seq_key(self, producer: str) -> str:
@@ -88,6 +89,7 @@ def build_partition_keys(partition: int) -> PartitionKeys:
         leases=f"leases:{tag}",
         progress=f"progress:{tag}",
         sweeper_lock=f"sweeper:{tag}",
+        replays=f"replays:{tag}",
         tag=tag,
     )
 

@@ -29,6 +29,8 @@ REPLAY_AGE_MAX_S = 39 * 86_400
 # What a spool has of the disk at least, from its opening on.
 ALLOCATION_BYTES_MIN = 256 * 1024
 READ_CHUNK_BYTES = 1 << 20
+# Nothing is written to the spool of a dead process: any bound will do.
+ORPHAN_BYTES_MAX = 1 << 40
 
 
 class SpooledIntent(msgspec.Struct, frozen=True, array_like=True, tag="intent"):
@@ -73,7 +75,7 @@ class Spool:
         """Create (or adopt, when it exists) and lock `path`; raises BlockingIOError when it has a living owner."""
         self.path = path
         self.bytes_max = bytes_max
-        self._file = _open_locked(path)
+        self._file = _open_locked(path, os.O_CREAT if path.name.startswith(".new-") else 0)
         self.size_bytes = self.allocated_bytes = self._cut_torn_tail()
 
     @property
@@ -178,12 +180,20 @@ def open_own_spool(folder: Path, producer: str, *, bytes_max: int) -> Spool:
     return spool
 
 
-def open_orphan_spools(folder: Path, *, bytes_max: int) -> list[Spool]:
+def lock_adoption(folder: Path) -> int | None:
+    """Return a descriptor that is this machine's turn to adopt spools until it is closed; None when another has it."""
+    try:
+        return _open_locked(folder / ".adoption", os.O_CREAT)
+    except BlockingIOError:
+        return None
+
+
+def open_orphan_spools(folder: Path) -> list[Spool]:
     """Return the spools in `folder` whose owners are dead, locked by us; those of the living are left alone."""
     orphans = []
     for path in sorted(folder.glob("*.spool")):
         try:
-            spool = Spool(path, bytes_max=bytes_max)
+            spool = Spool(path, bytes_max=ORPHAN_BYTES_MAX)
         except (BlockingIOError, FileNotFoundError):
             continue
         if path.exists():
@@ -202,8 +212,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _open_locked(path: Path) -> int:
-    creation = os.O_CREAT if path.name.startswith(".new-") else 0
+def _open_locked(path: Path, creation: int = 0) -> int:
     file = os.open(path, os.O_RDWR | creation, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

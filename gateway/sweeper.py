@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from gateway.event_log import EventLog, replay_records
 from gateway.redis_connection import RedisConnection, Script
 from gateway.settings import Settings
 from gateway.snapshot_reader import PartitionKeys, SnapshotReader
-from gateway.spool import REPLAY_AGE_MAX_S, Spool, SpooledSettle, SpoolRecord, open_orphan_spools
+from gateway.spool import REPLAY_AGE_MAX_S, Spool, SpooledSettle, SpoolRecord, lock_adoption, open_orphan_spools
 from gateway.spool_room import compute_call_bytes
 from gateway.telemetry import Telemetry
 
@@ -28,7 +29,6 @@ LIST_EXPIRED = Script("list_expired")
 CALLS_PER_ROUND = 200
 ROUND_S = 1.0
 ADOPTION_S = 5.0
-ADOPTION_RETRY_S = 0.25
 ADOPTION_BATCH = 256
 
 
@@ -53,7 +53,8 @@ class Sweeper:
         self._in_flight = in_flight
         self._loop = asyncio.get_running_loop()
         self._sweep_from = self._loop.time()
-        self._has_adopted = False
+        self._is_adopting = False
+        self._adoption_lock = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="adoption")
         redis.add_listener(self)
@@ -73,7 +74,6 @@ class Sweeper:
     def on_redis_up(self) -> None:
         """Renew at once; sweep only when every living process has had the time to renew, too."""
         self._sweep_from = self._loop.time() + self._settings.lease_s / 2
-        self._has_adopted = False
         self._renew()
 
     def on_redis_down(self) -> None:
@@ -85,37 +85,39 @@ class Sweeper:
             self._renew()
 
     def _renew(self) -> None:
+        catalog = self._snapshots.catalog
         by_partition: dict[PartitionKeys, list[bytes | str]] = {}
+        if catalog is not None:
+            by_partition = {keys: [] for keys in catalog.partitions}
+        has_replay = b"1" if self._is_adopting or not self._event_log.spool.is_empty else b"0"
         for call in self._in_flight.values():
             by_partition.setdefault(call.caller.keys, []).extend((call.call_id, build_progress(call)))
         for keys, pairs in by_partition.items():
-            command = (keys.holds, keys.leases, keys.progress, self._settings.lease_s * 1000, *pairs)
-            self._redis.send((b"EVALSHA", RENEW.sha, 3, *command), lambda _reply: None)
+            names = (keys.holds, keys.leases, keys.progress, keys.replays)
+            owner = (self._settings.lease_s * 1000, self._event_log.producer, has_replay)
+            self._redis.send((b"EVALSHA", RENEW.sha, len(names), *names, *owner, *pairs), lambda _reply: None)
 
     async def _sweep_for_ever(self) -> None:
         while True:
             await asyncio.sleep(min(ROUND_S, self._settings.lease_s / 4))
             catalog = self._snapshots.catalog
-            # A spooled event comes before the sweep: it knows what the call used.
-            if catalog is None or not self._has_adopted or self._loop.time() < self._sweep_from:
+            if catalog is None or self._loop.time() < self._sweep_from:
                 continue
             for keys in catalog.partitions:
                 try:
                     await self._sweep(keys)
-                except (RedisUnavailableError, RedisReplyError, SpoolFullError) as error:
+                except (RedisUnavailableError, RedisReplyError, SpoolFullError, OSError) as error:
                     log.warning("could not sweep partition %d: %s", keys.partition, error)
                     break
 
     async def _sweep(self, keys: PartitionKeys) -> None:
         catalog = self._snapshots.catalog
         assert catalog is not None
-        reply = await self._redis.call_script(
-            LIST_EXPIRED,
-            (keys.holds, keys.leases, keys.progress, keys.sweeper_lock),
-            self._event_log.producer,
-            self._settings.lease_s * 1000,
-            CALLS_PER_ROUND,
-        )
+        # A spooled event comes before the sweep: it knows what the call used. So what has expired is asked for again
+        # once no dead process of this machine has a spool.
+        if not await self._list_expired(keys) or not await self._adopt_orphans():
+            return
+        reply = await self._list_expired(keys)
         settlements = []
         wanted = 0
         for call_id, hold, progress in zip(reply[0::3], reply[1::3], reply[2::3], strict=True):
@@ -142,15 +144,46 @@ class Sweeper:
         finally:
             room.release(wanted)
 
+    async def _list_expired(self, keys: PartitionKeys) -> list[bytes]:
+        """Return call id, hold and progress record, call after call."""
+        reply: list[bytes] = await self._redis.call_script(
+            LIST_EXPIRED,
+            (keys.holds, keys.leases, keys.progress, keys.sweeper_lock, keys.replays),
+            self._event_log.producer,
+            self._settings.lease_s * 1000,
+            CALLS_PER_ROUND,
+        )
+        return reply
+
     async def _adopt_for_ever(self) -> None:
         while True:
             if self._redis.is_up:
-                orphans = await self._loop.run_in_executor(
-                    self._disk, lambda: open_orphan_spools(self._settings.spool_dir, bytes_max=1 << 40)
-                )
+                try:
+                    await self._adopt_orphans()
+                except OSError as error:
+                    log.error("could not look for the spools of dead processes: %s", error)
+            await asyncio.sleep(ADOPTION_S)
+
+    async def _adopt_orphans(self) -> bool:
+        """Replay the spools that dead processes left on this machine; return whether none is left.
+
+        One process of the machine does so at a time: a spool that another one is replaying is locked, like those of
+        the living.
+        """
+        async with self._adoption_lock:
+            turn = await self._loop.run_in_executor(self._disk, lock_adoption, self._settings.spool_dir)
+            if turn is None:
+                return False
+            try:
+                orphans = await self._loop.run_in_executor(self._disk, open_orphan_spools, self._settings.spool_dir)
+                self._is_adopting = bool(orphans)
+                if orphans:
+                    self._renew()
                 outcomes = [await self._adopt(orphan) for orphan in orphans]
-                self._has_adopted = all(outcomes) and self._redis.is_up
-            await asyncio.sleep(ADOPTION_S if self._has_adopted else ADOPTION_RETRY_S)
+                return all(outcomes) and self._redis.is_up
+            finally:
+                self._is_adopting = False
+                os.close(turn)
 
     async def _adopt(self, spool: Spool) -> bool:
         """Replay the spool of a dead process under its own producer, then remove it; keep it when Redis goes away."""

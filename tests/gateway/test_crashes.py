@@ -35,7 +35,8 @@ from tests.fakes.load_client import Answer, send_call
 
 LEASE_S = 2
 TENANTS = 6
-UPSTREAM_TIMEOUT_MS = 3_000
+UPSTREAM_TIMEOUT_MS = 1_000
+WORKER_START_S = 20.0
 
 
 class CrashStack:
@@ -50,6 +51,8 @@ class CrashStack:
             ["tests.fakes.counting_upstream", str(port)], port=port, environ={}, log_path=folder / "upstream.log"
         )
         self.catalog = Catalog()
+        self.killed_pids: set[int] = set()
+        self.redis_kills = 0
 
     def start(self, *, workers: int = 2, **environ: str) -> None:
         self.server.start()
@@ -70,15 +73,20 @@ class CrashStack:
         self.server.stop()
 
     def kill_worker(self) -> None:
-        """SIGKILL one worker; the supervisor starts another."""
-        workers = self.gateway.list_worker_pids()
-        if workers:
-            os.kill(random.choice(workers), signal.SIGKILL)
+        """SIGKILL a worker that was not killed before, when there is one; the supervisor starts another."""
+        deadline = time.monotonic() + WORKER_START_S
+        while not (workers := sorted(set(self.gateway.list_worker_pids()) - self.killed_pids)):
+            assert time.monotonic() < deadline, "the supervisor starts no worker"
+            time.sleep(0.02)
+        pid = random.choice(workers)
+        os.kill(pid, signal.SIGKILL)
+        self.killed_pids.add(pid)
 
     def restart_redis(self, *, down_s: float) -> None:
         """SIGKILL Redis, leave it down for a while, and start it on the same files. From the main thread only:
         the server ends with the thread that started it."""
         self.server.kill()
+        self.redis_kills += 1
         time.sleep(down_s)
         self.server.start()
 
@@ -117,11 +125,11 @@ async def run_load(
             "chunks": chunks,
             "chunk_delay_ms": random.choice((0, 1, 3)),
         }
-        if random.random() < 0.02:
+        if random.random() < 0.03:
             body["fault"] = "http_500"
-        elif random.random() < 0.005:
+        elif random.random() < 0.01:
             body["fault"] = "hang"
-        abort = random.randrange(200, 150 * chunks) if body["stream"] and random.random() < 0.04 else None
+        abort = random.randrange(200, 150 * chunks) if body["stream"] and random.random() < 0.15 else None
         return await send_call(
             stack.gateway.port, random.choice(stack.api_keys), body, abort_after_bytes=abort, timeout_s=60
         )
@@ -192,7 +200,16 @@ def test_kills_of_workers_and_redis_lose_and_double_nothing(crash_stack: CrashSt
 @pytest.mark.serial
 @pytest.mark.timeout(400)
 def test_5000_calls_under_30_kills_lose_and_double_nothing(crash_stack: CrashStack) -> None:
-    answers = run_with_kills(crash_stack, calls=5_000, concurrency=60, chunks=50, rounds=33)
+    answers = run_with_kills(crash_stack, calls=5_000, concurrency=60, chunks=60, rounds=33)
     crash_stack.wait_until_quiet()
     outcomes = check_books(crash_stack, answers)
+    # What the run was meant to be: it would prove little if the faults had not happened.
+    assert len(crash_stack.killed_pids) >= 20
+    assert crash_stack.redis_kills >= 3
+    events = read_events(crash_stack.client)
+    assert sum(event.streamed and event.output_tokens == 60 for event in events) > 2_000
     assert outcomes["completed"] > 4_500
+    assert outcomes["client_aborted"] >= 100
+    failures = Counter(attempt.outcome for event in events for attempt in event.attempts)
+    assert failures["upstream_error"] >= 100, failures
+    assert failures["upstream_timeout"] > 0, failures

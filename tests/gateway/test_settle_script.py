@@ -166,14 +166,14 @@ def test_producers_do_not_share_a_sequence(scripts: Scripts) -> None:
 def test_an_expired_call_is_swept_once_and_its_late_settle_is_superseded(scripts: Scripts) -> None:
     scripts.admit("call-1", lease_ms=0)
     time.sleep(0.005)
-    keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.sweeper_lock)
-    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 4, *keys, "gw-b", 1000, 10) == [
+    keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.sweeper_lock, KEYS.replays)
+    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-b", 1000, 10) == [
         b"call-1",
         build_hold(1_000),
         b"",
     ]
     # Another sweeper finds the partition locked.
-    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 4, *keys, "gw-c", 1000, 10) == []
+    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-c", 1000, 10) == []
     assert scripts.settle(1, "call-1", producer="gw-b", mode="sweep") == "event"
     assert scripts.read_scope() == {"running": 0, "held": 0}
     assert scripts.settle(1, "call-1", producer="gw-a") == "superseded"
@@ -196,13 +196,37 @@ def test_an_expired_call_is_swept_once_and_its_late_settle_is_superseded(scripts
 
 def test_a_renewed_call_is_not_swept(scripts: Scripts) -> None:
     scripts.admit("call-1", lease_ms=0)
-    keys = (KEYS.holds, KEYS.leases, KEYS.progress)
-    renewed = scripts.client.evalsha(RENEW.sha.decode(), 3, *keys, 60_000, "call-1", b"counts", "call-unknown", b"")
-    assert renewed == 1
+    keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.replays)
+    calls = ("call-1", b"counts", "call-unknown", b"")
+    assert scripts.client.evalsha(RENEW.sha.decode(), 4, *keys, 60_000, "gw-a", b"0", *calls) == 1
     assert scripts.settle(1, "call-1", producer="gw-b", mode="sweep") == "superseded"
     assert scripts.client.hgetall(KEYS.progress) == {b"call-1": b"counts"}
     assert scripts.settle(1, "call-1", producer="gw-a") == "event"
     assert not scripts.client.exists(KEYS.progress)
+
+
+def test_nothing_is_swept_while_a_living_process_has_a_spool_to_replay(scripts: Scripts) -> None:
+    scripts.admit("call-1", lease_ms=0)
+    time.sleep(0.005)
+
+    def list_expired() -> list[bytes]:
+        keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.sweeper_lock, KEYS.replays)
+        return scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-b", 1000, 10)[:1]
+
+    def renew(lease_ms: int, has_replay: bytes) -> None:
+        keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.replays)
+        scripts.client.evalsha(RENEW.sha.decode(), 4, *keys, lease_ms, "gw-a", has_replay)
+
+    renew(60_000, b"1")
+    assert list_expired() == []
+    renew(60_000, b"0")
+    assert list_expired() == [b"call-1"]
+    # The process dies: its word ends with its lease.
+    renew(30, b"1")
+    assert list_expired() == []
+    time.sleep(0.04)
+    assert list_expired() == [b"call-1"]
+    assert not scripts.client.exists(KEYS.replays)
 
 
 def test_a_cancelled_call_leaves_nothing(scripts: Scripts) -> None:

@@ -76,7 +76,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_what_was_acknowledged(tmp_path: 
             process.send_signal(signal.SIGKILL)
             is_torn = process.stdout.read() == ""
         written = path.stat().st_size
-        (spool,) = open_orphan_spools(folder, bytes_max=WIDE)
+        (spool,) = open_orphan_spools(folder)
         seqs = read_seqs(spool)
         assert seqs == list(range(1, len(seqs) + 1))
         assert len(seqs) >= (10 if is_torn else 210)
@@ -104,7 +104,7 @@ def test_a_tail_that_is_cut_or_spoiled_anywhere_is_left_out(tmp_path: Path, cut_
         whole[: end - cut_bytes] + bytes([whole[end - cut_bytes] ^ 1]) + whole[end - cut_bytes + 1 :],
     ):
         path.write_bytes(spoiled)
-        (spool,) = open_orphan_spools(tmp_path, bytes_max=WIDE)
+        (spool,) = open_orphan_spools(tmp_path)
         assert read_seqs(spool) == [1, 2]
         spool.close()
 
@@ -124,7 +124,7 @@ def test_records_of_a_write_that_failed_are_not_found_behind_later_ones(tmp_path
         signal.signal(signal.SIGXFSZ, handler)
     assert read_seqs(spool) == [1]
     spool.close()
-    (spool,) = open_orphan_spools(tmp_path, bytes_max=10_000)
+    spool = Spool(tmp_path / "gw-writer.spool", bytes_max=10_000)
     assert read_seqs(spool) == [1]
     with pytest.raises(SpoolFullError, match="bound of 10000 bytes"):
         spool.append([build_settle(2, size=10_000)])
@@ -141,7 +141,7 @@ def test_a_cleared_spool_is_empty_and_keeps_its_room(tmp_path: Path) -> None:
     spool.append([build_settle(40, size=20_000)])
     assert read_seqs(spool) == [40]
     spool.close()
-    (spool,) = open_orphan_spools(tmp_path, bytes_max=WIDE)
+    (spool,) = open_orphan_spools(tmp_path)
     # Nothing of the first 39 is found behind it.
     assert read_seqs(spool) == [40]
     spool.remove()

@@ -1,0 +1,85 @@
+"""The sweeper on a running gateway: what a spool knows of a call comes before its abandonment."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+
+from gateway.calls import HoldRecord
+from gateway.contract.usage_event import UsageEvent, build_call_id, to_wire
+from gateway.snapshot_reader import build_partition_keys
+from gateway.spool import SpooledSettle, open_own_spool
+from tests.fakes.gateway_stack import MODEL_ID, NO_HOLDS, read_holds, read_superseded, wait_for_events
+from tests.gateway.conftest import Stack
+
+KEYS = build_partition_keys(1)
+
+
+def place_expired_hold(stack: Stack, call_id: str, occurred_at_us: int) -> None:
+    """Write what admission writes of a call of tenant 1, with a lease that has run out."""
+    hold = HoldRecord(
+        estimate_nano=1_000,
+        producer="gw-dead",
+        tenant_id=1,
+        api_key_id=1,
+        served_model_id=MODEL_ID,
+        provider_id=101,
+        upstream_id=1,
+        occurred_at_us=occurred_at_us,
+        endpoint="chat.completions",
+        streamed=False,
+        region="",
+    )
+    pipeline = stack.redis.pipeline(transaction=True)
+    for scope in KEYS.get_scope_keys(1, 1):
+        pipeline.hset(scope, mapping={"running": 1, "held": 1_000})
+    pipeline.hset(KEYS.holds, call_id, msgspec.msgpack.encode(hold))
+    pipeline.zadd(KEYS.leases, {call_id: occurred_at_us // 1_000})
+    pipeline.execute()
+
+
+def test_the_spool_of_a_dead_process_is_replayed_before_its_calls_are_swept(stack: Stack, gateway_folder: Path) -> None:
+    """Looking for spools every few seconds is not enough: a lease may end before."""
+    occurred_at_us = time.time_ns() // 1_000 - 5_000_000
+    call_id = build_call_id(occurred_at_us, bytes(10))
+    event = UsageEvent(
+        call_id=call_id,
+        producer="gw-dead",
+        seq=1,
+        tenant_id=1,
+        api_key_id=1,
+        served_model_id=MODEL_ID,
+        provider_id=101,
+        upstream_id=1,
+        occurred_at_us=occurred_at_us,
+        outcome="completed",
+        usage_source="provider_final",
+        input_tokens=11,
+        output_tokens=25,
+    )
+    spool = open_own_spool(gateway_folder / "gateway" / "spool", "gw-dead", bytes_max=1 << 40)
+    settle = SpooledSettle(
+        partition=1,
+        producer="gw-dead",
+        seq=1,
+        mode="settle",
+        call_id=call_id,
+        tenant_id=1,
+        api_key_id=1,
+        month="202611",
+        event=to_wire(event),
+        has_spooled_intent=False,
+        cost_nano=61_000,
+        billed_model_id=MODEL_ID,
+        input_tokens=11,
+        output_tokens=25,
+    )
+    spool.append([settle])
+    spool.close()
+    place_expired_hold(stack, call_id, occurred_at_us)
+    assert wait_for_events(stack.redis, 1) == [event]
+    assert read_superseded(stack.redis) == []
+    assert read_holds(stack.redis) == NO_HOLDS
+    assert list((gateway_folder / "gateway" / "spool").glob("gw-dead*")) == []
