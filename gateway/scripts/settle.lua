@@ -12,6 +12,9 @@
 -- error on one command would let the next one pass and the retry of the first look like a duplicate. Only
 -- where this server lost acknowledged events (last applied < floor - 1) may a producer go on, from its floor.
 -- A producer that settles nothing for 40 days is forgotten; if it lives, it goes on from its floor.
+--
+-- A late settle. Where a call was swept and its own settle comes after all, the settle knows better: its event goes
+-- out as a filler, from which metering amends the abandoned one, and the month's sums get the difference here.
 
 -- Replays may come until then: spools that are older are not adopted (`spool.py`, REPLAY_AGE_MAX_S).
 local MARKER_TTL_S = 40 * 86400
@@ -20,12 +23,9 @@ local SLOTS = 61
 -- Sums stop there: admission compares them as doubles, and an overflow would refuse this settle at each retry.
 local SUM_MAX = 2^53 - 1
 
--- Add `number` (from ARGV) to a sum, `SUM_MAX` at most; return the sum.
+-- Add to a sum, `SUM_MAX` at most; return the sum.
 local function add(key, field, number)
-  if tonumber(number) > SUM_MAX then
-    number = string.format('%.0f', SUM_MAX)
-  end
-  local sum = redis.call('HINCRBY', key, field, number)
+  local sum = redis.call('HINCRBY', key, field, math.min(number, SUM_MAX))
   if sum > SUM_MAX then
     redis.call('HSET', key, field, string.format('%.0f', SUM_MAX))
   end
@@ -42,10 +42,31 @@ if seq ~= applied + 1 and not (applied < floor - 1 and seq == floor) then
   return redis.error_reply('OUTOFORDER seq ' .. ARGV[3] .. ' cannot follow ' .. applied)
 end
 
+-- Add to the month's sums what the call costs and uses, less what a sweep has counted for it.
+local function count(swept_cost, swept_model, swept_input, swept_output)
+  local cost = tonumber(ARGV[8]) - swept_cost
+  for month = 8, 9 do
+    if add(KEYS[month], 'cost', cost) == cost then
+      redis.call('EXPIRE', KEYS[month], MONTH_TTL_S)
+    end
+  end
+  local model = ARGV[9] ~= '' and ARGV[9] or swept_model
+  if model ~= '' then
+    local calls = (ARGV[9] ~= '' and 1 or 0) - (swept_model ~= '' and 1 or 0)
+    redis.call('HINCRBY', KEYS[8], model .. ':calls', calls)
+    add(KEYS[8], model .. ':input', tonumber(ARGV[10]) - swept_input)
+    add(KEYS[8], model .. ':output', tonumber(ARGV[11]) - swept_output)
+    add(KEYS[8], model .. ':cost', cost)
+  end
+end
+
 local hold = redis.call('HGET', KEYS[3], call_id)
-local superseded
+local superseded, swept
 if ARGV[1] == 'settle' then
-  superseded = redis.call('GET', KEYS[12]) == 'swept'
+  local ended = redis.call('GET', KEYS[12])
+  superseded = ended and string.sub(ended, 1, 5) == 'swept'
+  -- Markers of older versions say nothing of what the sweep has counted.
+  swept = superseded and #ended > 5 and cmsgpack.unpack(string.sub(ended, 6))
 else
   local lease = redis.call('ZSCORE', KEYS[4], call_id)
   local clock = redis.call('TIME')
@@ -59,6 +80,10 @@ if superseded then
     .. '\198' .. struct.pack('>I4', #event) .. event
   redis.call('XADD', KEYS[1], '*', 's', filler)
   redis.call('SET', KEYS[2], ARGV[3], 'EX', MARKER_TTL_S)
+  if swept then
+    count(unpack(swept))
+    redis.call('SET', KEYS[12], 'settled', 'EX', MARKER_TTL_S)
+  end
   return 'superseded'
 end
 
@@ -76,23 +101,13 @@ if hold then
   end
 end
 if ARGV[1] == 'sweep' then
-  redis.call('SET', KEYS[12], 'swept', 'EX', MARKER_TTL_S)
+  local counted = cmsgpack.pack({tonumber(ARGV[8]), ARGV[9], tonumber(ARGV[10]), tonumber(ARGV[11])})
+  redis.call('SET', KEYS[12], 'swept' .. counted, 'EX', MARKER_TTL_S)
 elseif ARGV[7] == '1' then
   redis.call('SET', KEYS[12], 'settled', 'EX', MARKER_TTL_S)
 end
 
-for month = 8, 9 do
-  if add(KEYS[month], 'cost', ARGV[8]) == tonumber(ARGV[8]) then
-    redis.call('EXPIRE', KEYS[month], MONTH_TTL_S)
-  end
-end
-if ARGV[9] ~= '' then
-  local model = ARGV[9] .. ':'
-  redis.call('HINCRBY', KEYS[8], model .. 'calls', 1)
-  add(KEYS[8], model .. 'input', ARGV[10])
-  add(KEYS[8], model .. 'output', ARGV[11])
-  add(KEYS[8], model .. 'cost', ARGV[8])
-end
+count(0, '', 0, 0)
 
 if ARGV[12] ~= '' then
   local bucket = tonumber(ARGV[12])

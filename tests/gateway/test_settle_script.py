@@ -189,9 +189,34 @@ def test_an_expired_call_is_swept_once_and_its_late_settle_is_superseded(scripts
         "call-1",
         b"event 1",
     )
-    # The counters have the swept call only.
+    # The counters have the call once.
     assert scripts.client.hget(KEYS.get_month_keys(*OWNER, MONTH)[0], "cost") == b"61"
     assert scripts.read_scope() == {"running": 0, "held": 0}
+
+
+def test_a_late_settle_corrects_what_its_sweep_has_counted(scripts: Scripts) -> None:
+    tenant_month, key_month = KEYS.get_month_keys(*OWNER, MONTH)
+    swept = {"mode": "sweep", "cost_nano": 61, "input_tokens": 11, "output_tokens": 25}
+    for seq, call_id in enumerate(("call-1", "call-2"), 1):
+        scripts.admit(call_id, lease_ms=0)
+        time.sleep(0.005)
+        assert scripts.settle(seq, call_id, producer="gw-b", **swept) == "event"
+    late = {"cost_nano": 100, "input_tokens": 12, "output_tokens": 44}
+    assert scripts.settle(1, "call-1", **late) == "superseded"
+    failed = {"cost_nano": 0, "input_tokens": 0, "output_tokens": 0, "billed_model_id": None}
+    assert scripts.settle(2, "call-2", **failed) == "superseded"
+    # Sent again after a lost reply, and by an adopter: nothing is added twice.
+    assert scripts.settle(1, "call-1", **late) == "applied"
+    assert scripts.client.hgetall(tenant_month) == {
+        b"cost": b"100",
+        b"11:calls": b"1",
+        b"11:input": b"12",
+        b"11:output": b"44",
+        b"11:cost": b"100",
+    }
+    assert scripts.client.hgetall(key_month) == {b"cost": b"100"}
+    assert scripts.read_scope() == {"running": 0, "held": 0}
+    assert [name for name, _value in scripts.read_stream()] == ["e", "e", "s", "s"]
 
 
 def test_a_renewed_call_is_not_swept(scripts: Scripts) -> None:
