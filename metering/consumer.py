@@ -26,6 +26,7 @@ from metering.catalog import load_catalog
 from metering.errors import PartitionBusyError, UnstorableEntryError
 from metering.event_partitions import ensure_event_partitions
 from metering.event_rows import Arrival
+from metering.late_settles import apply_late_settles
 from metering.models import DeadLetter, Recording, StreamPartition
 from metering.recording import ArrivalState, EventRecorder, RecordingOrigin, SupersededArrival
 from metering.retries import run_with_retries
@@ -176,6 +177,7 @@ def _record_batch(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> by
         )
         ensure_event_partitions((a.event for a in sorted_out.arrivals), now_us=time.time_ns() // 1000)
         recorded = EventRecorder(catalog.attribution, origin).record(sorted_out.arrivals, sorted_out.superseded)
+        apply_late_settles(recorded.superseded)
         sorted_out.book.write()
         failpoints.reach("after_sequences")
         is_regression = _is_regression(entries.stream_ids[0].decode(), row.cursor, sorted_out.arrivals)
@@ -196,7 +198,7 @@ def _record_batch(batch: _Batch, result: DrainResult, *, is_waiting: bool) -> by
     result.quarantined += recorded.count(ArrivalState.QUARANTINED)
     result.conflicts += recorded.count(ArrivalState.CONFLICT)
     result.duplicates += recorded.count(ArrivalState.DUPLICATE) + recorded.superseded_duplicate_count
-    result.superseded += recorded.superseded_count
+    result.superseded += len(recorded.superseded)
     return entries.stream_ids[-1]
 
 

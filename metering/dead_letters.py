@@ -18,6 +18,7 @@ from metering.catalog import load_catalog
 from metering.errors import DeadLetterError
 from metering.event_partitions import ensure_event_partitions
 from metering.event_rows import Arrival
+from metering.late_settles import apply_late_settles
 from metering.models import DeadLetter, Recording, StreamPartition
 from metering.recording import EventRecorder, RecordingOrigin, SupersededArrival
 from metering.sequences import SequenceBook
@@ -61,7 +62,8 @@ def release_dead_letter(letter_id: int, *, actor_name: str, note: str, mended_bo
         recorder = EventRecorder(load_catalog().attribution, RecordingOrigin(Recording.Kind.RELEASE))
         if isinstance(content, Superseded):
             result = recorder.record([], [SupersededArrival(content, book.producer_ids[0])])
-            state = "superseded" if result.superseded_count else "duplicate"
+            apply_late_settles(result.superseded)
+            state = "superseded" if result.superseded else "duplicate"
         else:
             ensure_event_partitions([content], now_us=time.time_ns() // 1000)
             body = bytes(letter.body) if mended_body is None else mended_body

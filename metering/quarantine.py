@@ -19,6 +19,7 @@ from metering.core.windows import US_PER_HOUR, get_at_us
 from metering.event_partitions import ensure_event_partitions
 from metering.event_rows import Arrival
 from metering.models import QuarantinedEvent, Recording
+from metering.quarantine_rows import find_late_settle
 from metering.recording import ArrivalState, EventRecorder, RecordingOrigin
 from metering.recording_sql import write_hourly_counts
 from metering.sourced_events import CallNames, attribute_by_names
@@ -107,6 +108,8 @@ def _release_batch(ids: list[int], actor_name: str, note: str) -> ReleaseResult:
         if row.names is not None:
             event = attribute_by_names(event, msgspec.convert(row.names, CallNames))
             body = usage_event.to_wire(event)
+        elif (settled := find_late_settle(event)) is not None:
+            event, body = settled, usage_event.to_wire(settled)
         is_key_required = row.producer.partition is not None
         reason = find_quarantine_reason(event, catalog, now_us=now_us, is_key_required=is_key_required)
         if reason is None:

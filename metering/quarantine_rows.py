@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+import msgspec
 from django.db import connection
+
+from gateway.contract import usage_event
+from gateway.contract.token_kind import Outcome
+from gateway.contract.usage_event import EventDecodeError, UsageEvent
+from metering.models import SupersededEvent
 
 if TYPE_CHECKING:
     from metering.recording import SupersededArrival
@@ -100,6 +106,29 @@ def list_known_states(identities: Sequence[tuple[str, bytes]]) -> set[tuple[str,
             parameters,
         )
         return {(call_id, bytes(body_sha256)) for call_id, body_sha256 in cursor.fetchall()}
+
+
+def find_late_settle(abandoned: UsageEvent) -> UsageEvent | None:
+    """Return what an abandoned call's own settle says, under the number of the abandoned event; None where none came.
+
+    Fillers are few, and so are held events: no index serves this.
+    """
+    if abandoned.outcome != Outcome.ABANDONED:
+        return None
+    for body in SupersededEvent.objects.filter(call_id=abandoned.call_id).values_list("body", flat=True):
+        settled = read_settle(bytes(body))
+        if settled is not None:
+            return msgspec.structs.replace(settled, producer=abandoned.producer, seq=abandoned.seq)
+    return None
+
+
+def read_settle(body: bytes) -> UsageEvent | None:
+    """Return the event of a filler that is a call's own settle; None for a second sweep's, which knows nothing new."""
+    try:
+        event = usage_event.from_wire(body)
+    except EventDecodeError:
+        return None
+    return None if event.outcome == Outcome.ABANDONED else event
 
 
 def insert_superseded(superseded: Sequence[SupersededArrival], recording_id: int) -> set[tuple[int, int]]:

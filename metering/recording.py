@@ -100,7 +100,8 @@ class RecordingResult:
     recording_id: int
     states: list[ArrivalState]
     reasons: dict[int, QuarantineReason] = field(default_factory=dict)
-    superseded_count: int = 0
+    # Fillers that were not here before.
+    superseded: list[Superseded] = field(default_factory=list)
     superseded_duplicate_count: int = 0
     # Of every state but ROLLED_UP, which is the rest.
     _counts: dict[ArrivalState, int] = field(default_factory=dict)
@@ -358,8 +359,10 @@ class EventRecorder:
                 counted_in = (0, self._now_us // US_PER_HOUR)
             self._hourly[*counted_in, "received"] += 1
             self._hourly[*counted_in, "superseded" if is_new else "duplicates"] += 1
-            self._result.superseded_count += is_new
-            self._result.superseded_duplicate_count += not is_new
+            if is_new:
+                self._result.superseded.append(filler)
+            else:
+                self._result.superseded_duplicate_count += 1
 
     def _set_state(self, position: int, state: ArrivalState) -> None:
         self._result.set_state(position, state)
@@ -401,7 +404,7 @@ class EventRecorder:
             quarantined_count=result.count(ArrivalState.QUARANTINED),
             conflict_count=result.count(ArrivalState.CONFLICT),
             duplicate_count=result.count(ArrivalState.DUPLICATE) + result.superseded_duplicate_count,
-            superseded_count=result.superseded_count,
+            superseded_count=len(result.superseded),
             dead_letter_count=origin.dead_letter_count,
         )
 
