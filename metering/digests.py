@@ -1,8 +1,9 @@
 """Digests: a signed statement of what was recorded for a day, which nobody can make true again after a change.
 
-A digest has a hash of each tenant's raw events of a UTC day, and the hash of the digest before it. It covers the
-recordings below its watermark, so that events that come later change nothing in it. It is signed with Ed25519:
-whoever has the public key can check it, without this program's database.
+A digest has a hash of each tenant's raw events of a UTC day, a hash of each tenant's corrections since the digest
+before it, and the hash of that digest. It covers what was committed below its watermark, so that what comes later
+changes nothing in it. It is signed with Ed25519: whoever has the public key can check it, without this program's
+database. Digests of version 1 cover no corrections; the first one after them covers all that there are.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from metering.retention.reading import create_exported_table, load_exported_days
 from metering.selectors import get_watermark
 
 KIND = "tollbook-metering-digest"
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, 2)
 _COLUMNS = (
     *("call_id", "tenant_id", "api_key_id", "served_model_id", "provider_id", "upstream_id"),
     *("(extract(epoch FROM occurred_at) * 1000000)::bigint", "usage_on", "outcome", "usage_source", "endpoint"),
@@ -46,6 +48,32 @@ FROM {{events}} event
 WHERE call_id >= %(call_id_min)s AND call_id < %(call_id_end)s AND recording_id IN (
     SELECT id FROM metering_recording WHERE id <= %(recording_id_max)s AND xid < (%(watermark)s::text)::xid8
 )
+GROUP BY tenant_id ORDER BY tenant_id
+"""
+
+_CELL_AND_SUMS = (
+    *("tenant_id", "usage_on", "api_key_id", "served_model_id", "provider_id", "upstream_id", "outcome"),
+    *("calls", "input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens"),
+)
+_CORRECTION_COLUMNS = (
+    *("id", "idempotency_key", "encode(request_sha256, 'hex')", "kind", "call_id", "supersedes_id", "reason"),
+    *("(extract(epoch FROM occurred_at) * 1000000)::bigint", "(extract(epoch FROM created_at) * 1000000)::bigint"),
+    *("actor_name", "xid::text", *_CELL_AND_SUMS),
+)
+# By (id, watermark) and not by the watermark alone: a restored server begins to count transactions anew.
+_HASH_CORRECTIONS_BY_TENANT = f"""
+SELECT tenant_id, count(*),
+    encode(sha256(string_agg(sha256(convert_to(row::text, 'UTF8')), ''::bytea ORDER BY id)), 'hex')
+FROM (
+    SELECT id, tenant_id, jsonb_build_array({", ".join(_CORRECTION_COLUMNS)}, (
+        SELECT jsonb_agg(jsonb_build_array({", ".join(f"delta.{name}" for name in ("id", *_CELL_AND_SUMS))})
+            ORDER BY delta.id)
+        FROM metering_correction_delta delta WHERE delta.correction_id = correction.id
+    )) AS row
+    FROM metering_usage_correction correction
+    WHERE id <= %(id_max)s AND xid < (%(watermark)s::text)::xid8
+        AND (id > %(after_id)s OR xid >= (%(after_watermark)s::text)::xid8)
+) corrections
 GROUP BY tenant_id ORDER BY tenant_id
 """
 
@@ -82,21 +110,33 @@ def write_digest(day: date) -> SignedDigest:
             "version": VERSION,
             "day": day.isoformat(),
             "watermark": watermark,
-            "recording_id_max": _get_recording_id_max(watermark),
+            "recording_id_max": _get_id_max("metering_recording", watermark),
         }
         facts["tenants"] = list_tenant_hashes(facts)
         previous = Digest.objects.order_by("-pk").first()
         facts["previous_sha256"] = hashlib.sha256(bytes(previous.body)).hexdigest() if previous else None
+        facts["corrections"] = _build_correction_bounds(previous, watermark)
+        facts["corrections"]["tenants"] = list_correction_hashes(facts)
         body = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
         signature = load_private_key().sign(body)
         Digest.objects.create(day=day, body=body, signature=signature)
     return SignedDigest(body, signature)
 
 
-def _get_recording_id_max(watermark: int) -> int:
+def _get_id_max(table: str, watermark: int) -> int:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT coalesce(max(id), 0) FROM metering_recording WHERE xid < (%s::text)::xid8", [watermark])
+        cursor.execute(f"SELECT coalesce(max(id), 0) FROM {table} WHERE xid < (%s::text)::xid8", [watermark])
         return int(cursor.fetchone()[0])
+
+
+def _build_correction_bounds(previous: Digest | None, watermark: int) -> dict[str, Any]:
+    """Return where the corrections of a digest begin (after those of the previous one) and end."""
+    before = json.loads(bytes(previous.body)) if previous else {}
+    return {
+        "id_max": _get_id_max("metering_usage_correction", watermark),
+        "after_id": before.get("corrections", {}).get("id_max", 0),  # version 1 covers none
+        "after_watermark": before.get("watermark", 0),
+    }
 
 
 def list_tenant_hashes(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -125,13 +165,26 @@ def list_tenant_hashes(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
 
 
+def list_correction_hashes(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return count and hash of each tenant's corrections, with their deltas, that a digest with these facts covers.
+
+    A correction is of the tenant that the call counts for from then on.
+    """
+    bounds = {name: facts["corrections"][name] for name in ("id_max", "after_id", "after_watermark")}
+    with connection.cursor() as cursor:
+        cursor.execute(_HASH_CORRECTIONS_BY_TENANT, bounds | {"watermark": facts["watermark"]})
+        return {
+            str(tenant_id): {"corrections": count, "sha256": sha256} for tenant_id, count, sha256 in cursor.fetchall()
+        }
+
+
 def read_digest(data: bytes, public_key: Ed25519PublicKey) -> SignedDigest:
     """Return the digest in a file; raises DigestError where it is not signed by the key's owner."""
     try:
         content = json.loads(data)
         digest = SignedDigest(content["digest"].encode(), base64.b64decode(content["signature"], validate=True))
         public_key.verify(digest.signature, digest.body)
-        if digest.facts["kind"] != KIND or digest.facts["version"] != VERSION:
+        if digest.facts["kind"] != KIND or digest.facts["version"] not in VERSIONS:
             raise DigestError("the file is signed, but it is no digest that this program knows")
     except InvalidSignature:
         raise DigestError("the signature is not of this content by this key: the file was changed") from None
@@ -140,11 +193,25 @@ def read_digest(data: bytes, public_key: Ed25519PublicKey) -> SignedDigest:
     return digest
 
 
+def count_corrections(digest: SignedDigest) -> int | None:
+    """Return how many corrections the digest covers; None where it is of version 1, which covers none."""
+    covered = digest.facts.get("corrections")
+    return sum(tenant["corrections"] for tenant in covered["tenants"].values()) if covered else None
+
+
 def list_changes(digest: SignedDigest) -> list[str]:
     """Return what the database holds otherwise today than the digest says, by tenant."""
-    then, now = digest.facts["tenants"], list_tenant_hashes(digest.facts)
+    facts = digest.facts
+    changes = _compare(f"on {facts['day']}", facts["tenants"], list_tenant_hashes(facts))
+    if "corrections" in facts:
+        where = f"in the corrections signed with {facts['day']}"
+        changes += _compare(where, facts["corrections"]["tenants"], list_correction_hashes(facts))
+    return changes
+
+
+def _compare(where: str, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
-        f"tenant {tenant_id} on {digest.facts['day']}: signed {then.get(tenant_id)}, found {now.get(tenant_id)}"
+        f"tenant {tenant_id} {where}: signed {then.get(tenant_id)}, found {now.get(tenant_id)}"
         for tenant_id in sorted(then.keys() | now.keys(), key=int)
         if then.get(tenant_id) != now.get(tenant_id)
     ]

@@ -429,7 +429,8 @@ class ExternalIdentity(models.Model):
 
 
 class Digest(models.Model):
-    """A signed statement of a UTC day's raw events (see `digests.py`). Insert-only, each with the hash of the last."""
+    """A signed statement of a day's raw events and of corrections (see `digests.py`). Insert-only; each has the hash
+    of the last."""
 
     day = models.DateField(unique=True)
     body = models.BinaryField()

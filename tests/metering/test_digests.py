@@ -1,4 +1,4 @@
-"""Digests: signed, chained, checked with the public key alone, and broken by any change of a raw event."""
+"""Digests: signed, chained, checked with the public key alone; any change of an event or correction is found."""
 
 from __future__ import annotations
 
@@ -6,15 +6,28 @@ import hashlib
 import json
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import psycopg
 import pytest
 import redis
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from django.core.management import CommandError, call_command
 from django.db import connection
 
-from metering.digests import list_changes, load_private_key, read_digest, write_digest
+from metering.corrections import CorrectionRequest, record_correction
+from metering.digests import (
+    SignedDigest,
+    count_corrections,
+    list_changes,
+    load_private_key,
+    load_public_key,
+    read_digest,
+    write_digest,
+)
 from metering.errors import DigestError
+from metering.models import CorrectionDelta, Digest, UsageCorrection, UsageEvent
 from metering.services import roll_up
 from tests.metering.builders import build_event, get_us, send
 
@@ -32,6 +45,22 @@ def day(metering: redis.Redis, tmp_path: Path, settings) -> redis.Redis:  # type
     send(metering, events)
     roll_up()
     return metering
+
+
+def correct(kind: str, *, tenant_id: int = 1, key: str = "", **fields: Any) -> UsageCorrection:
+    """Correct the first call of a tenant."""
+    call_id = UsageEvent.objects.filter(tenant_id=tenant_id).order_by("call_id").values_list("call_id", flat=True)[0]
+    values = {"kind": kind, "idempotency_key": key or f"{kind} {fields}", "reason": "test", "call_id": call_id}
+    return record_correction(msgspec.convert(values | fields, CorrectionRequest), actor_name="ann").correction
+
+
+def change_row(table: str, assignment: str, row_id: int) -> None:
+    """Change a row of an insert-only table, as only its owner can."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"ALTER TABLE {table} DISABLE TRIGGER {table}_insert_only")
+        cursor.execute(f"UPDATE {table} SET {assignment} WHERE id = %s", [row_id])
+        assert cursor.rowcount == 1
+        cursor.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {table}_insert_only")
 
 
 def change(assignment: str) -> None:
@@ -73,6 +102,163 @@ def test_late_events_change_nothing_in_it(day: redis.Redis) -> None:
     assert list_changes(digest) == []
 
 
+# Each column of both tables, except that the tenant of a correction is tested below: it moves to another's hash.
+CORRECTION_CHANGES = {
+    "idempotency_key": "'other'",
+    "request_sha256": r"'\x00'",
+    "kind": "'BACKFILL'",
+    "call_id": "'019a0000-0000-7000-8000-000000000000'",
+    "occurred_at": "occurred_at + interval '1 microsecond'",
+    "supersedes_id": "id",
+    "reason": "'other'",
+    "actor_name": "'bob'",
+    "created_at": "created_at + interval '1 microsecond'",
+    "xid": "'3'",
+    "usage_on": "usage_on + 1",
+    "api_key_id": "11",
+    "served_model_id": "2",
+    "provider_id": "102",
+    "upstream_id": "2",
+    "outcome": "'abandoned'",
+    "calls": "0, kind = 'VOID', input_tokens = 0, cached_input_tokens = 0, output_tokens = 0, reasoning_tokens = 0",
+    "input_tokens": "input_tokens + 1",
+    "cached_input_tokens": "cached_input_tokens + 1",
+    "cache_write_tokens": "1",
+    "output_tokens": "output_tokens + 1",
+    "reasoning_tokens": "reasoning_tokens + 1",
+}
+CELL_AND_SUMS = tuple(field.attname for field in CorrectionDelta._meta.fields)[2:]
+
+
+def test_the_changes_are_of_every_column() -> None:
+    columns = {field.column for field in UsageCorrection._meta.fields}
+    assert columns - CORRECTION_CHANGES.keys() == {"id", "tenant_id"}
+    assert CELL_AND_SUMS[0] == "tenant_id"
+    assert len(CELL_AND_SUMS) == 13
+
+
+@pytest.mark.parametrize("column", CORRECTION_CHANGES)
+def test_any_changed_value_of_a_correction_is_found(day: redis.Redis, column: str) -> None:
+    correct("void", tenant_id=2)
+    correction = correct("amend", input_tokens=301, output_tokens=40)
+    digest = write_digest(DAY)
+    assert count_corrections(digest) == 2
+    assert list_changes(digest) == []
+    change_row("metering_usage_correction", f"{column} = {CORRECTION_CHANGES[column]}", correction.pk)
+    (found,) = list_changes(digest)
+    assert found.startswith("tenant 1 in the corrections signed with 2026-10-05: signed {'corrections': 1, ")
+
+
+def test_correction_moved_to_another_tenant_is_found_with_both(day: redis.Redis) -> None:
+    correction = correct("amend", input_tokens=301)
+    digest = write_digest(DAY)
+    change_row("metering_usage_correction", "tenant_id = 2", correction.pk)
+    first, second = list_changes(digest)
+    assert (first[:8], first[-10:]) == ("tenant 1", "found None")
+    assert second.startswith("tenant 2 in the corrections signed with 2026-10-05: signed None, found {")
+
+
+@pytest.mark.parametrize("column", CELL_AND_SUMS)
+def test_any_changed_value_of_a_delta_is_found(day: redis.Redis, column: str) -> None:
+    correct("void")
+    digest = write_digest(DAY)
+    value = {"usage_on": "usage_on + 1", "outcome": "'abandoned'"}.get(column, f"{column} + 1")
+    change_row("metering_correction_delta", f"{column} = {value}", CorrectionDelta.objects.get().pk)
+    (found,) = list_changes(digest)
+    assert found.startswith("tenant 1 in the corrections signed with 2026-10-05: ")
+
+
+def test_each_correction_is_in_one_digest(day: redis.Redis, app_connection: psycopg.Connection) -> None:
+    """Also one of a transaction that is open while a digest is written, and whose id is below others in it."""
+    correct("amend", input_tokens=301, key="first")
+    with app_connection.transaction():
+        (open_id,) = app_connection.execute("SELECT nextval('metering_usage_correction_id_seq')").fetchone() or ()
+        last = correct("void", tenant_id=2)
+        assert open_id < last.pk
+        insert_correction(app_connection, open_id)
+        first = write_digest(DAY)
+    second = write_digest(date(2026, 10, 6))
+    third = write_digest(date(2026, 10, 7))
+    digests = (first, second, third)
+    assert [count_corrections(digest) for digest in digests] == [2, 1, 0]
+    assert [list_changes(digest) for digest in digests] == [[], [], []]
+    change_row("metering_usage_correction", "reason = 'other'", open_id)
+    assert [len(list_changes(digest)) for digest in digests] == [0, 1, 0]
+
+
+def test_correction_of_a_restored_server_is_in_the_next_digest(
+    day: redis.Redis, app_connection: psycopg.Connection
+) -> None:
+    """Its transactions are counted anew, from below the watermark of the last digest."""
+    correct("amend", input_tokens=301, key="first")
+    first = write_digest(DAY)
+    with app_connection.transaction():
+        insert_correction(app_connection, first.facts["corrections"]["id_max"] + 1, xid="'3'")
+    second = write_digest(date(2026, 10, 6))
+    assert [count_corrections(digest) for digest in (first, second)] == [1, 1]
+    assert [list_changes(digest) for digest in (first, second)] == [[], []]
+
+
+def insert_correction(app_connection: psycopg.Connection, row_id: int, xid: str = "pg_current_xact_id()") -> None:
+    """Insert a copy of the first correction, as one of another call."""
+    columns = [f.column for f in UsageCorrection._meta.fields if f.column not in ("id", "created_at")]
+    changes = {"call_id": "'019a0000-0000-7000-8000-000000000000'", "idempotency_key": "'open'", "xid": xid}
+    values = ", ".join(changes.get(column, column) for column in columns)
+    app_connection.execute(
+        f"INSERT INTO metering_usage_correction (id, {', '.join(columns)}) "
+        f"SELECT {row_id}, {values} FROM metering_usage_correction WHERE idempotency_key = 'first'"
+    )
+
+
+def test_corrections_after_a_digest_change_nothing_in_it(day: redis.Redis) -> None:
+    correct("amend", input_tokens=301)
+    digest = write_digest(DAY)
+    correct("void")
+    assert list_changes(digest) == []
+
+
+def sign_version_1() -> SignedDigest:
+    """The digest of DAY as it was before corrections were covered, stored as the last one."""
+    facts = write_digest(DAY).facts
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE metering_digest DISABLE TRIGGER metering_digest_insert_only")
+        cursor.execute("DELETE FROM metering_digest")
+        cursor.execute("ALTER TABLE metering_digest ENABLE ALWAYS TRIGGER metering_digest_insert_only")
+    del facts["corrections"]
+    body = json.dumps(facts | {"version": 1}, sort_keys=True, separators=(",", ":")).encode()
+    digest = SignedDigest(body, load_private_key().sign(body))
+    Digest.objects.create(day=DAY, body=digest.body, signature=digest.signature)
+    return digest
+
+
+def test_digest_of_version_1_holds_and_the_next_covers_all_corrections(day: redis.Redis) -> None:
+    correct("amend", input_tokens=301)
+    old = sign_version_1()
+    correct("void")
+    assert read_digest(old.to_file(), load_private_key().public_key()) == old
+    assert (count_corrections(old), list_changes(old)) == (None, [])
+    new = write_digest(date(2026, 10, 6))
+    assert new.facts["previous_sha256"] == hashlib.sha256(old.body).hexdigest()
+    assert count_corrections(new) == 2
+
+
+def test_file_of_version_1_verifies() -> None:
+    """The sample was written by the program when digests were of version 1."""
+    samples = Path(__file__).parent / "samples"
+    data = (samples / "digest_version_1.json").read_bytes()
+    key = load_public_key(samples / "digest_version_1_key.pem")
+    digest = read_digest(data, key)
+    assert (digest.facts["version"], digest.facts["tenants"]["1"]["events"]) == (1, 2)
+    with pytest.raises(DigestError, match="was changed"):
+        read_digest(data.replace(b"2026", b"2025", 1), key)
+
+
+def test_file_of_an_unknown_version_is_refused(day: redis.Redis) -> None:
+    body = json.dumps(write_digest(DAY).facts | {"version": 3}).encode()
+    with pytest.raises(DigestError, match="no digest that this program knows"):
+        read_digest(SignedDigest(body, load_private_key().sign(body)).to_file(), load_private_key().public_key())
+
+
 def test_file_is_checked_with_the_public_key_alone(day: redis.Redis) -> None:
     public_key = load_private_key().public_key()
     data = write_digest(DAY).to_file()
@@ -94,7 +280,8 @@ def test_commands(day: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert path == tmp_path / "digests" / "2026-10-05.json"
     assert (tmp_path / "digests" / "private_key.pem").stat().st_mode & 0o777 == 0o600
     call_command("verify_digest", str(path), "--recompute", "--json")
-    assert json.loads(capsys.readouterr().out) == {"is_valid": True, "day": "2026-10-05", "events": 3, "changes": []}
+    facts = {"is_valid": True, "day": "2026-10-05", "events": 3, "corrections": 0, "changes": []}
+    assert json.loads(capsys.readouterr().out) == facts
     change("input_tokens = 900")
     call_command("verify_digest", str(path))
     with pytest.raises(SystemExit) as exit_info:

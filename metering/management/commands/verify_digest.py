@@ -9,7 +9,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from metering.digests import get_key_folder, list_changes, load_public_key, read_digest
+from metering.digests import count_corrections, get_key_folder, list_changes, load_public_key, read_digest
 from metering.errors import DigestError
 
 
@@ -18,14 +18,16 @@ class Command(BaseCommand):
 
     help = (
         "Check the signature of a digest with the public key alone; with --recompute, compare it with the raw "
-        "events in the database too. Exits 1 where it does not hold."
+        "events and corrections in the database too. Exits 1 where it does not hold."
     )
     requires_system_checks: list[str] = []
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("file", type=Path, metavar="FILE")
         parser.add_argument("--key", type=Path, help="the public key (default: public_key.pem of this installation)")
-        parser.add_argument("--recompute", action="store_true", help="hash the raw events again and compare")
+        parser.add_argument(
+            "--recompute", action="store_true", help="hash raw events and corrections again and compare"
+        )
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -43,8 +45,16 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
         tenants = digest.facts["tenants"]
         events = sum(tenant["events"] for tenant in tenants.values())
-        facts = {"is_valid": not changes, "day": digest.facts["day"], "events": events, "changes": changes}
-        text = f"Signed: {events:,} events of {len(tenants):,} tenants on {facts['day']} (UTC)."
+        corrections = count_corrections(digest)
+        facts = {
+            "is_valid": not changes,
+            "day": digest.facts["day"],
+            "events": events,
+            "corrections": corrections,
+            "changes": changes,
+        }
+        corrected = "no corrections, as before version 2" if corrections is None else f"{corrections:,} corrections"
+        text = f"Signed: {events:,} events of {len(tenants):,} tenants on {facts['day']} (UTC); {corrected}."
         self.stdout.write(json.dumps(facts) if options["json"] else "\n".join([text, *changes]))
         if changes:
             sys.exit(1)
