@@ -1,7 +1,8 @@
 """An inference server that counts: `python -m tests.fakes.counting_upstream PORT`. Fast, and knows every call id.
 
 The body says what to do: `chunks` (of one token each, `max_tokens` at most), `chunk_delay_ms`, `fault` (`http_500`,
-`hang`). Usage is continuous, 7 input tokens. `GET /stats` returns {call id: [requests, tokens sent, ended]}.
+`hang`), `input_tokens` to report instead of 7, `waits` (a stream ends after `GET /release` only). Usage is continuous.
+`GET /stats` returns {call id: [requests, tokens sent, ended]}.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class CountingUpstream:
 
     def __init__(self) -> None:
         self.calls: dict[str, list[int]] = {}
+        self.is_released = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -34,6 +36,8 @@ class CountingUpstream:
         if head[0].startswith("GET /stats"):
             _answer(writer, 200, json.dumps(self.calls).encode())
         elif head[0].startswith("GET "):
+            if head[0].startswith("GET /release"):
+                self.is_released.set()
             _answer(writer, 200, b"{}")
         else:
             body = json.loads(await reader.readexactly(int(headers["content-length"])))
@@ -52,33 +56,40 @@ class CountingUpstream:
             await asyncio.sleep(3600)
         chunks, delay_s = body.get("chunks", 5), body.get("chunk_delay_ms", 0) / 1000
         chunks = min(chunks, body.get("max_tokens") or chunks)
+        input_tokens = body.get("input_tokens", INPUT_TOKENS)
         if not body.get("stream"):
             await asyncio.sleep(delay_s)
             message = {"role": "assistant", "content": "w " * chunks}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            _answer(writer, 200, json.dumps({"id": "c", "choices": [choice], "usage": build_usage(chunks)}).encode())
+            usage = build_usage(chunks, input_tokens)
+            _answer(writer, 200, json.dumps({"id": "c", "choices": [choice], "usage": usage}).encode())
             record[1:] = chunks, 1
             return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         for number in range(1, chunks + 1):
             finish = "stop" if number == chunks else None
             choice = {"index": 0, "delta": {"content": "w "}, "finish_reason": finish}
-            _write_frame(writer, json.dumps({"id": "c", "choices": [choice], "usage": build_usage(number)}))
+            _write_frame(
+                writer, json.dumps({"id": "c", "choices": [choice], "usage": build_usage(number, input_tokens)})
+            )
             record[1] = number
             await writer.drain()
             await asyncio.sleep(delay_s)
-        _write_frame(writer, json.dumps({"id": "c", "choices": [], "usage": build_usage(chunks)}))
+        if body.get("waits"):
+            await writer.drain()
+            await self.is_released.wait()
+        _write_frame(writer, json.dumps({"id": "c", "choices": [], "usage": build_usage(chunks, input_tokens)}))
         _write_frame(writer, "[DONE]")
         writer.write(b"0\r\n\r\n")
         record[2] = 1
 
 
-def build_usage(output_tokens: int) -> dict[str, int]:
+def build_usage(output_tokens: int, input_tokens: int) -> dict[str, int]:
     """Return a usage member."""
     return {
-        "prompt_tokens": INPUT_TOKENS,
+        "prompt_tokens": input_tokens,
         "completion_tokens": output_tokens,
-        "total_tokens": INPUT_TOKENS + output_tokens,
+        "total_tokens": input_tokens + output_tokens,
     }
 
 

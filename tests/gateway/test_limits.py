@@ -14,6 +14,7 @@ import redis
 
 from deploy.embedded.server import choose_free_port
 from gateway.contract.catalog_snapshot import Limits
+from gateway.contract.usage_event import UsageEvent
 from tests.fakes.gateway_stack import (
     MODEL,
     NO_HOLDS,
@@ -52,14 +53,29 @@ class LimitStack:
         """Send calls from `count` clients at the same time."""
 
         async def run() -> list[Answer]:
-            return await asyncio.gather(
-                *(
-                    send_call(self.gateway.port, api_key, {"model": MODEL, "messages": MESSAGES, **body})
-                    for _ in range(count)
-                )
-            )
+            return await asyncio.gather(*(self._send(api_key, body) for _ in range(count)))
 
         return asyncio.run(run())
+
+    def send_streams_that_wait(self, api_key: str) -> list[Answer]:
+        """Open streams from all clients; those that pass end only when all but ALLOWED clients were answered."""
+
+        async def run() -> list[Answer]:
+            body = {"stream": True, "waits": True}
+            calls = [asyncio.create_task(self._send(api_key, body)) for _ in range(CLIENTS)]
+            for _, answered in zip(range(CLIENTS - ALLOWED), asyncio.as_completed(calls), strict=False):
+                await answered
+            await asyncio.to_thread(self.upstream.fetch, "/release")
+            return await asyncio.gather(*calls)
+
+        return asyncio.run(run())
+
+    def read_served(self) -> dict[str, list[int]]:
+        """Return what the upstream counted: requests, tokens and ends by call id."""
+        return json.loads(self.upstream.fetch("/stats")[1])
+
+    async def _send(self, api_key: str, body: dict) -> Answer:
+        return await send_call(self.gateway.port, api_key, {"model": MODEL, "messages": MESSAGES, **body})
 
 
 @pytest.fixture(scope="module")
@@ -88,61 +104,73 @@ def count_statuses(answers: list[Answer]) -> Counter[int]:
     return Counter(answer.status for answer in answers)
 
 
-def estimate_nano(body_bytes: int, output_tokens: int) -> int:
-    """The hold of a call: input bounded by its size and 256 for the template, at 1 and 2 USD per million tokens."""
-    return (body_bytes + 256) * 1_000 + output_tokens * 2_000
+def estimate_tokens(body: dict, output_tokens: int) -> tuple[int, int]:
+    """The most input and output of a call: input is bounded by its size and 256 for the template."""
+    return len(json.dumps({"model": MODEL, "messages": MESSAGES, **body})) + 256, output_tokens
+
+
+def compute_nano(input_tokens: int, output_tokens: int) -> int:
+    """The price: 1 and 2 USD per million tokens."""
+    return input_tokens * 1_000 + output_tokens * 2_000
+
+
+def build_call_of_its_estimate() -> tuple[dict, int, int]:
+    """A body that uses exactly what its hold is for, and these tokens: a settle gives nothing back, at any speed."""
+    body = {"max_tokens": 5, "chunk_delay_ms": 200, "input_tokens": 100}
+    input_tokens, output_tokens = estimate_tokens(body, 5)
+    return {**body, "input_tokens": input_tokens}, input_tokens, output_tokens
+
+
+def check_exactly_100_passed(stack: LimitStack, answers: list[Answer], *, tenant_id: int) -> list[UsageEvent]:
+    """Compare what clients, upstream and events say; return the events."""
+    assert count_statuses(answers) == {200: ALLOWED, 429: CLIENTS - ALLOWED}
+    passed = {answer.call_id for answer in answers if answer.status == 200}
+    served = stack.read_served()
+    assert [answer.call_id for answer in answers if answer.call_id in served and answer.status == 429] == []
+    events = [event for event in read_events(stack.redis) if event.tenant_id == tenant_id]
+    assert {event.call_id for event in events} == passed == passed & set(served)
+    assert len(events) == len(passed) == ALLOWED
+    assert read_holds(stack.redis) == NO_HOLDS
+    return events
 
 
 def test_a_budget_for_100_calls_lets_exactly_100_of_500_pass(limit_stack: LimitStack) -> None:
-    body = {"max_tokens": 5, "chunk_delay_ms": 200}
-    sent = json.dumps({"model": MODEL, "messages": MESSAGES, **body})
-    budget = ALLOWED * estimate_nano(len(sent), 5)
+    body, *tokens = build_call_of_its_estimate()
+    budget = ALLOWED * compute_nano(*tokens)
     api_key = limit_stack.add_tenant(1, Limits(monthly_budget_nano=budget))
-    # While the first 100 are running, the budget is held to the last nano.
-    answers = limit_stack.send_at_once(api_key, body)
-    assert count_statuses(answers) == {200: ALLOWED, 429: CLIENTS - ALLOWED}
-    events = [event for event in read_events(limit_stack.redis) if event.tenant_id == 1]
-    assert len(events) == ALLOWED
-    assert sum((event.input_tokens + 2 * event.output_tokens) * 1_000 for event in events) <= budget
-    assert read_holds(limit_stack.redis) == NO_HOLDS
+    events = check_exactly_100_passed(limit_stack, limit_stack.send_at_once(api_key, body), tenant_id=1)
+    assert sum(compute_nano(event.input_tokens, event.output_tokens) for event in events) == budget
+    assert count_statuses(limit_stack.send_at_once(api_key, body, count=10)) == {429: 10}
 
 
 def test_calls_that_name_no_bound_are_held_to_the_one_that_their_hold_assumed(limit_stack: LimitStack) -> None:
     # The upstream would say 6,000 tokens; the model's bound is 2,048, and the budget is for exactly 30 such calls.
     body = {"chunks": 6_000, "chunk_delay_ms": 200}
-    sent = json.dumps({"model": MODEL, "messages": MESSAGES, **body})
-    budget = 30 * estimate_nano(len(sent), 2_048)
+    budget = 30 * compute_nano(*estimate_tokens(body, 2_048))
     api_key = limit_stack.add_tenant(6, Limits(monthly_budget_nano=budget))
     answers = limit_stack.send_at_once(api_key, body, count=60)
     assert count_statuses(answers) == {200: 30, 429: 30}
     events = [event for event in read_events(limit_stack.redis) if event.tenant_id == 6]
     assert {event.output_tokens for event in events} == {2_048}
-    assert sum((event.input_tokens + 2 * event.output_tokens) * 1_000 for event in events) <= budget
+    assert sum(compute_nano(event.input_tokens, event.output_tokens) for event in events) <= budget
 
 
 def test_requests_per_minute_let_exactly_100_of_500_pass(limit_stack: LimitStack) -> None:
     api_key = limit_stack.add_tenant(2, Limits(requests_per_minute=ALLOWED))
-    assert count_statuses(limit_stack.send_at_once(api_key, {})) == {200: ALLOWED, 429: CLIENTS - ALLOWED}
-    assert read_holds(limit_stack.redis) == NO_HOLDS
+    check_exactly_100_passed(limit_stack, limit_stack.send_at_once(api_key, {}), tenant_id=2)
 
 
-def test_tokens_per_minute_are_never_exceeded(limit_stack: LimitStack) -> None:
-    # Each call is charged 12 tokens in the end, and its estimate while it runs.
-    api_key = limit_stack.add_tenant(3, Limits(tokens_per_minute=10_000))
-    answers = limit_stack.send_at_once(api_key, {"max_tokens": 5})
-    passed = count_statuses(answers)[200]
-    assert 10_000 // 400 <= passed <= 10_000 // 12
-    assert count_statuses(answers) == {200: passed, 429: CLIENTS - passed}
-    events = [event for event in read_events(limit_stack.redis) if event.tenant_id == 3]
-    assert sum(event.input_tokens + event.output_tokens for event in events) == 12 * passed <= 10_000
+def test_tokens_per_minute_for_100_calls_let_exactly_100_of_500_pass(limit_stack: LimitStack) -> None:
+    body, *tokens = build_call_of_its_estimate()
+    tokens_max = ALLOWED * sum(tokens)
+    api_key = limit_stack.add_tenant(3, Limits(tokens_per_minute=tokens_max))
+    events = check_exactly_100_passed(limit_stack, limit_stack.send_at_once(api_key, body), tenant_id=3)
+    assert sum(event.input_tokens + event.output_tokens for event in events) == tokens_max
 
 
-def test_concurrent_streams_are_never_exceeded(limit_stack: LimitStack) -> None:
+def test_100_concurrent_streams_of_500_pass(limit_stack: LimitStack) -> None:
     api_key = limit_stack.add_tenant(4, Limits(concurrent_calls=ALLOWED))
-    answers = limit_stack.send_at_once(api_key, {"stream": True, "chunks": 30, "chunk_delay_ms": 100})
-    # The streams take three seconds, longer than it takes to send all the calls.
-    assert count_statuses(answers) == {200: ALLOWED, 429: CLIENTS - ALLOWED}
-    assert read_holds(limit_stack.redis) == NO_HOLDS
+    check_exactly_100_passed(limit_stack, limit_stack.send_streams_that_wait(api_key), tenant_id=4)
     assert count_statuses(limit_stack.send_at_once(api_key, {}, count=10)) == {200: 10}
 
 
