@@ -6,9 +6,11 @@
 --      9 call id   10 hold record   11 lease, ms   12 estimate, nano-currency   13 estimate, tokens
 -- Reply {1, second, requests and tokens used in the tenant's window, the same of the key}
 --    or {0, limit name, scope (1 tenant, 2 key), seconds until a retry can pass (0: not this month), used}
--- All numbers stay below 2^53: Lua compares doubles. Limits above are refused by the gateway.
+-- All numbers stay below 2^53: Lua compares doubles. Limits above are refused by the gateway, and so are calls whose
+-- hold or tokens would take a sum above it, whatever the limits: a sum that was cut off could not be released exactly.
 
 local WINDOW_S = 60
+local SUM_MAX = 2^53 - 1
 local SLOTS = WINDOW_S + 1  -- the current, unfinished second counts too: never over the limit in any 60 s
 
 local call = redis.call
@@ -75,11 +77,8 @@ for scope = 1, 2 do
   local base = scope * 4 - 3
   local requests_max, tokens_max = ARGV[base], ARGV[base + 1]
   local concurrent_max, budget = ARGV[base + 2], ARGV[base + 3]
-  local running, held = 0, 0
-  if budget ~= '' or concurrent_max ~= '' then
-    local now = call('HMGET', KEYS[2 + scope], 'running', 'held')
-    running, held = tonumber(now[1]) or 0, tonumber(now[2]) or 0
-  end
+  local now = call('HMGET', KEYS[2 + scope], 'running', 'held')
+  local running, held = tonumber(now[1]) or 0, tonumber(now[2]) or 0
   if budget ~= '' then
     local limit = tonumber(budget)
     local spent = tonumber(call('HGET', KEYS[4 + scope], 'cost')) or 0
@@ -88,6 +87,8 @@ for scope = 1, 2 do
     elseif spent + held + nano > limit then
       return {0, 'budget', scope, 1, spent}
     end
+  elseif held + nano > SUM_MAX then
+    return {0, 'budget', scope, 1, held}
   end
   if concurrent_max ~= '' and running >= tonumber(concurrent_max) then
     return {0, 'concurrent_calls', scope, 1, running}
@@ -99,10 +100,11 @@ for scope = 1, 2 do
       local wait = compute_wait(rate, 'r', second, requests_used + 1 - tonumber(requests_max))
       return {0, 'requests', scope, wait, requests_used}
     end
-    if tokens_max ~= '' and tokens_used + tokens > tonumber(tokens_max) then
+    local limit = tonumber(tokens_max) or SUM_MAX
+    if tokens_used + tokens > limit then
       local wait = 0
-      if tokens <= tonumber(tokens_max) then
-        wait = compute_wait(rate, 't', second, tokens_used + tokens - tonumber(tokens_max))
+      if tokens <= limit then
+        wait = compute_wait(rate, 't', second, tokens_used + tokens - limit)
       end
       return {0, 'tokens', scope, wait, tokens_used}
     end

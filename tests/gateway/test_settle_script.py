@@ -310,6 +310,64 @@ def test_sums_stop_below_2_to_the_53_and_never_refuse_a_settle(scripts: Scripts)
     assert [value for _name, value in scripts.read_stream()] == [b"event %d" % seq for seq in range(1, 7)]
 
 
+def test_what_is_held_stays_below_2_to_the_53_and_is_released_to_the_nano(scripts: Scripts) -> None:
+    edge = 2**53 - 1
+    assert scripts.admit("call-1", nano=edge - 1)[0] == 1
+    assert scripts.admit("call-2", nano=2) == [0, b"budget", 1, 1, edge - 1]
+    assert scripts.admit("call-3", nano=1)[0] == 1
+    assert scripts.admit("call-4", nano=1) == [0, b"budget", 1, 1, edge]
+    assert scripts.admit("call-5", nano=0)[0] == 1
+    assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 3, "held": edge}
+    assert [scripts.settle(seq, f"call-{number}") for seq, number in ((1, 1), (2, 5))] == ["event", "event"]
+    assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 1, "held": 1}
+    # The sum of the key counts for itself.
+    key_scope = KEYS.get_scope_keys(*OWNER)[1]
+    scripts.client.hset(key_scope, "held", edge)
+    assert scripts.admit("call-6", nano=1) == [0, b"budget", 2, 1, edge]
+
+
+def test_a_spooled_intent_beyond_2_to_the_53_holds_no_money_and_releases_none(scripts: Scripts) -> None:
+    edge = 2**53 - 1
+    scopes = KEYS.get_scope_keys(*OWNER)
+
+    def place(call_id: str, nano: int) -> int:
+        keys = (KEYS.holds, KEYS.leases, *scopes, KEYS.get_ended_key(call_id))
+        return scripts.client.evalsha(PLACE_HOLD.sha.decode(), 5, *keys, call_id, build_hold(nano), 60_000)
+
+    assert [place("call-1", edge - 1), place("call-2", 1)] == [1, 1]
+    assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 2, "held": edge}
+    assert [place(f"call-{number}", nano) for number, nano in ((3, 1), (4, edge), (4, edge))] == [1, 1, 1]
+    assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 4, "held": edge}
+    assert [scripts.client.hget(KEYS.holds, f"call-{number}") for number in (2, 3, 4)] == [
+        build_hold(1),
+        build_hold(0),
+        build_hold(0),
+    ]
+    # No room for the key is no room: one record cannot release two amounts.
+    scripts.client.hset(scopes[0], "held", 0)
+    assert place("call-5", 1) == 1
+    assert [scripts.read_scope(index)["held"] for index in (0, 1)] == [0, edge]
+    scripts.client.hset(scopes[0], "held", edge)
+    for seq, number in enumerate((4, 3, 5), 1):
+        assert scripts.settle(seq, f"call-{number}", has_spooled_intent=True) == "event"
+        assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 5 - seq, "held": edge}
+    for seq, number in ((4, 1), (5, 2)):
+        assert scripts.settle(seq, f"call-{number}", has_spooled_intent=True) == "event"
+    assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 0, "held": 0}
+
+
+def test_the_tokens_of_a_window_stay_below_2_to_the_53(scripts: Scripts) -> None:
+    """Also where only requests are limited: from 10^17 on it would be a float, to which no settle can add."""
+    edge = 2**53 - 1
+    limits = (100, "", "", "")
+    second = scripts.admit("call-1", tokens=edge - 1, limits=limits)[1]
+    assert scripts.admit("call-2", tokens=2, limits=limits)[:3] == [0, b"tokens", 1]
+    assert scripts.admit("call-3", tokens=1, limits=limits)[2:4] == [2, edge]
+    assert scripts.admit("call-4", tokens=1, limits=limits)[:3] == [0, b"tokens", 1]
+    assert scripts.settle(1, "call-1", rate_second=second, tokens_difference=1 - edge) == "event"
+    assert scripts.admit("call-5", tokens=8, limits=limits)[2:4] == [3, 9]
+
+
 def test_a_refused_admission_changes_nothing(scripts: Scripts) -> None:
     # The tenant would allow it, the key does not.
     limits = (10, 1_000, 10, 1_000_000, "", "", 0, "")
@@ -321,7 +379,7 @@ def test_tokens_are_charged_by_estimate_and_corrected_by_the_settle(scripts: Scr
     limits = ("", 100, "", "")
     reply = scripts.admit("call-1", tokens=90, limits=limits)
     assert reply[3] == 90
-    assert scripts.admit("call-2", tokens=20, limits=limits)[:3] == [0, b"tokens", 1]
+    assert scripts.admit("call-2", tokens=11, limits=limits)[:3] == [0, b"tokens", 1]
     assert scripts.settle(1, "call-1", rate_second=reply[1], tokens_difference=36 - 90) == "event"
     assert scripts.admit("call-3", tokens=64, limits=limits)[3] == 100
     # More than the limit at once can never pass: no wait is given.
