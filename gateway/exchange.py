@@ -18,12 +18,12 @@ from gateway.errors import GatewayError
 if TYPE_CHECKING:
     from gateway.http_server import HttpConnection
 
-# A client that reads nothing for so long is cut off.
-CLIENT_STALL_S = 120.0
 # Randomness of a call id, in bytes, and how many ids' worth is drawn at a time.
 RANDOMNESS_BYTES = 10
 IDS_PER_DRAW = 256
-STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
+PHRASES = {status.value: status.phrase for status in HTTPStatus}
+# An upstream may answer with any status; where HTTP has no phrase for it, there is none.
+STATUS_LINES = {status: f"HTTP/1.1 {status} {PHRASES.get(status, '')}\r\n".encode() for status in range(100, 600)}
 STREAM_HEADERS = b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -131,8 +131,10 @@ class Exchange:
 
     async def finish_stream(self, data: bytes) -> None:
         """Send the last piece and end the answer."""
-        end = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if self.is_http_1_1 else data
-        self._connection.finish(self, end)
+        if self.is_http_1_1:
+            # An empty chunk would be the end already.
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + b"0\r\n\r\n"
+        self._connection.finish(self, data)
 
     def cut(self) -> None:
         """Drop the connection: the answer has begun and cannot be ended well."""

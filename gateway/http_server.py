@@ -1,8 +1,10 @@
 """HTTP/1.1 on the tenant's side: bytes to exchanges, with bounds on size and time for whatever a stranger sends.
 
 httptools parses. A request is served when it has arrived whole, and refused as soon as its head is enough to do so.
-Requests that come before the answer to the first (pipelining) are answered one after the other, in order. What is
-not HTTP, too large or too slow gets an answer in OpenAI's shape, after which the connection is closed.
+Requests that come before the answer to the first (pipelining) are answered one after the other, in order, each in a
+turn of the loop of its own. What is not HTTP, too large or too slow gets an answer in OpenAI's shape, after which the
+connection is closed. A connection ends with its answer read: our half is closed first, and what the client still
+sends is thrown away for a while, as a closed socket would answer it with a reset that destroys what was not read yet.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from urllib.parse import unquote
 import httptools
 
 from gateway.errors import GatewayError
-from gateway.exchange import CLIENT_STALL_S, Exchange
+from gateway.exchange import Exchange
 
 log = logging.getLogger("gateway.http")
 
 KEEP_ALIVE_S = 75.0
-# How long a refused client may go on sending what nobody reads: it gets its answer before the connection goes.
+# How long a client that has its last answer may go on sending what nobody reads.
 LINGER_S = 2.0
 PIPELINED_MAX = 16
 USUAL_PATH_BYTES_MAX = 100
@@ -37,6 +39,10 @@ READ_BYTES_MAX = 256 * 1024
 CHUNKED_BYTES_PER_BYTE = 16
 _FOR_EVER = float("inf")
 _VERSIONS = ("1.1", "1.0")
+
+
+class _DeafError(Exception):
+    """Stops the parser: what comes now is thrown away."""
 
 
 class Application(Protocol):
@@ -55,6 +61,8 @@ class HttpConnection(asyncio.Protocol):
     header_bytes_max = 32 * 1024
     body_bytes_max = 32 * 1024 * 1024
     receive_timeout_s = 30.0
+    # A client that reads nothing for so long is cut off.
+    client_stall_s = 120.0
     date_line = b""
 
     def __init__(self, application: Application, connections: set[Any], tasks: set[asyncio.Task[None]]) -> None:
@@ -75,12 +83,17 @@ class HttpConnection(asyncio.Protocol):
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._head_bytes = 0
-        self._body: list[bytes] = []
-        self._body_bytes = 0
+        self._body: bytes | bytearray = b""
         self._received_bytes = 0
         self._has_begun = False
+        # Whether what was just read has had a request that was served at once: the others wait for their turn.
+        self._has_served = False
         # Nothing more is parsed: what the client sends from now on is thrown away.
         self._is_deaf = False
+        # Nothing more is answered: what is left is for the client to read, and to close.
+        self._is_ending = False
+        # The request that is being received waits to be asked for its body.
+        self._owes_continue = False
         # A request that would also speak another protocol; the parser has not read its body.
         self._upgrading: Exchange | None = None
         self._is_write_paused = False
@@ -103,7 +116,7 @@ class HttpConnection(asyncio.Protocol):
             return
         self._transport.write(data)
         if not exchange.is_kept_alive or self.is_stopping:
-            self._close(hears_out=self._is_deaf or exchange.refusal is not None)
+            self._end()
         elif self._waiting:
             self._call_next()
         else:
@@ -117,25 +130,26 @@ class HttpConnection(asyncio.Protocol):
 
     def check_time(self, now: float) -> None:
         """Close a connection whose time is over; called by a coarse tick."""
-        if self._is_write_paused:
+        if self._is_write_paused or (self._is_ending and self._transport.get_write_buffer_size()):
             if now >= self._stall_deadline and not self._has_read():
                 self.abort()
+            elif self._is_ending:
+                # It may linger from when it has all.
+                self._deadline = now + LINGER_S
+        elif now < self._deadline:
             return
-        if now < self._deadline:
-            return
-        if self._is_deaf or self._transport.is_closing():
+        elif self._is_ending:
             self.abort()
         elif self._has_begun:
             self._refuse(GatewayError(408, "request_timeout", "The request took too long to arrive."))
         else:
-            self._deadline = now + LINGER_S
-            self._transport.close()
+            self._end()
 
     def shutdown(self) -> None:
         """Take no further request: uvicorn calls it when the process is to end."""
         self.is_stopping = True
         self._waiting.clear()
-        if self._current is None:
+        if self._current is None and not self._is_ending:
             self._transport.close()
 
     # asyncio.Protocol
@@ -147,31 +161,20 @@ class HttpConnection(asyncio.Protocol):
         self._deadline = self._loop.time() + self.receive_timeout_s
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.is_gone = True
         self._connections.discard(self)
-        self._waiting.clear()
-        callback, self.gone_callback = self.gone_callback, None
-        if callback is not None:
-            callback()
+        self._leave()
+
+    def eof_received(self) -> None:
+        # A client that has left looks like one that only has nothing more to say, and an answer that nobody reads
+        # costs money: both have gone. The transport sends what it has, and closes.
+        self._is_deaf = self._is_ending = True
+        self._begin_stall()
+        self._leave()
 
     def data_received(self, data: bytes) -> None:
-        if self._is_deaf:
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as error:
-            self._ignore_upgrade(data[error.args[0] :])
-            return
-        except httptools.HttpParserError as error:
-            if not self._is_deaf:
-                self._refuse(_read_cause(error))
-            return
-        incoming = self._incoming
-        if incoming is not None and incoming.refusal is not None:
-            # The rest of its body is not waited for.
-            self._refuse(incoming.refusal)
-        elif self._has_begun:
-            self._count_received(len(data))
+        self._has_served = False
+        while data and not self._is_deaf:
+            data = self._feed(data)
 
     def pause_writing(self) -> None:
         self._is_write_paused = True
@@ -184,9 +187,7 @@ class HttpConnection(asyncio.Protocol):
         if self._current is None:
             if self._waiting:
                 self._call_next()
-            elif self._is_deaf:
-                self._deadline = self._loop.time() + LINGER_S
-            else:
+            elif not self._is_ending:
                 self._await_request()
         if self.pause_callback is not None:
             self.pause_callback(False)
@@ -194,10 +195,12 @@ class HttpConnection(asyncio.Protocol):
     # httptools callbacks
 
     def on_message_begin(self) -> None:
-        self._url = b""
+        if self._is_deaf:
+            raise _DeafError
+        self._url = self._body = b""
         self._headers = {}
-        self._head_bytes = self._body_bytes = self._received_bytes = 0
-        self._body = []
+        self._head_bytes = self._received_bytes = 0
+        self._owes_continue = False
         self._has_begun = True
         if self._current is None:
             self._deadline = self._loop.time() + self.receive_timeout_s
@@ -221,13 +224,14 @@ class HttpConnection(asyncio.Protocol):
         version = parser.get_http_version()
         exchange.is_http_1_1 = version == "1.1"
         exchange.is_kept_alive = exchange.is_http_1_1 and parser.should_keep_alive()
+        if version not in _VERSIONS:
+            self._incoming = exchange
+            exchange.refusal = GatewayError(400, "invalid_http", "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+            return
         if b"upgrade" in headers and parser.should_upgrade():
             self._upgrading = exchange
             return
         self._incoming = exchange
-        if version not in _VERSIONS:
-            exchange.refusal = GatewayError(400, "invalid_http", "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
-            return
         length = headers.get(b"content-length")
         try:
             self._application.check_head(exchange)
@@ -237,16 +241,24 @@ class HttpConnection(asyncio.Protocol):
         if length is not None and int(length) > self.body_bytes_max:
             self._refuse_body(exchange)
             return
-        if self._current is None and headers.get(b"expect", b"").lower() == b"100-continue":
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # HTTP/1.0 knows no interim answers (RFC 9110, 10.1.1), and they come after the answers before them.
+        if exchange.is_http_1_1 and headers.get(b"expect", b"").lower() == b"100-continue":
+            self._owes_continue = True
+            if self._current is None and not self._waiting:
+                self._send_continue()
 
     def on_body(self, body: bytes) -> None:
         exchange = self._incoming
         if exchange is None or exchange.refusal is not None:
             return
-        self._body.append(body)
-        self._body_bytes += len(body)
-        if self._body_bytes > self.body_bytes_max:
+        if not self._body:
+            self._body = body
+        else:
+            # Not a list of pieces: a body in chunks of one byte would take forty times its size.
+            if not isinstance(self._body, bytearray):
+                self._body = bytearray(self._body)
+            self._body += body
+        if len(self._body) > self.body_bytes_max:
             self._refuse_body(exchange)
 
     def on_message_complete(self) -> None:
@@ -255,54 +267,79 @@ class HttpConnection(asyncio.Protocol):
             return
         self._has_begun = False
         self._deadline = _FOR_EVER
-        body = self._body
-        exchange.body = body[0] if len(body) == 1 else b"".join(body)
-        self._body = []
+        exchange.body, self._body = bytes(self._body), b""
+        self._is_deaf = not exchange.is_kept_alive
         self._take(exchange)
-        if not exchange.is_kept_alive:
-            self._is_deaf = True
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """Read a request as if it had not offered another protocol (RFC 9110, 7.8), or let a tunnel be refused.
+    # Parsing
+
+    def _feed(self, data: bytes) -> bytes:
+        """Have `data` parsed; return what is to be parsed anew."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as error:
+            return self._ignore_upgrade(data[error.args[0] :])
+        except httptools.HttpParserError as error:
+            if not self._is_deaf:
+                self._refuse(_read_cause(error))
+            return b""
+        incoming = self._incoming
+        if incoming is not None and incoming.refusal is not None:
+            # The rest of its body is not waited for.
+            self._refuse(incoming.refusal)
+        elif self._has_begun:
+            self._count_received(len(data))
+        return b""
+
+    def _ignore_upgrade(self, rest: bytes) -> bytes:
+        """Return a request as if it had not offered another protocol (RFC 9110, 7.8); a tunnel is not heard.
 
         Java's own client offers HTTP/2 with each request, and the parser takes the body for that.
         """
         exchange, self._upgrading = self._upgrading, None
         if exchange is None:
-            self._is_deaf = True
-            if self._current is None:
-                self._close(hears_out=True)
-            else:
-                self._current.is_kept_alive = False
-            return
-        lines = [b"%b %b HTTP/1.1\r\n" % (exchange.method.encode(), self._url)]
+            self._become_deaf()
+            return b""
+        version = _VERSIONS[0] if exchange.is_http_1_1 else _VERSIONS[1]
+        lines = [f"{exchange.method} ".encode(), self._url, f" HTTP/{version}\r\n".encode()]
         for name, value in exchange.headers.items():
             if name not in (b"connection", b"upgrade"):
                 lines.append(b"%b: %b\r\n" % (name, value))
         self._parser = httptools.HttpRequestParser(self)
-        self.data_received(b"".join(lines) + b"\r\n" + rest)
+        return b"".join(lines) + b"\r\n" + rest
 
     # Order
 
     def _take(self, exchange: Exchange) -> None:
-        # No answer is made for a client that does not read those before it: they would pile up here.
-        if self._current is None and not self._waiting and not self._is_write_paused:
+        # No answer is made for a client that does not read those before it: they would pile up here. And only one in
+        # a turn of the loop: thousands of small requests come in one read.
+        if self._current is None and not self._waiting and not self._is_write_paused and not self._has_served:
+            self._has_served = True
             self._start(exchange)
-        elif len(self._waiting) < PIPELINED_MAX and not self._is_deaf:
+        elif len(self._waiting) < PIPELINED_MAX:
             self._waiting.append(exchange)
             self._transport.pause_reading()
+            if self._current is None:
+                self._call_next()
         else:
             # Unanswered requests are sent again by a client on another connection.
-            self._is_deaf = True
-            self._waiting[-1].is_kept_alive = False
+            self._become_deaf()
 
     def _start(self, exchange: Exchange) -> None:
         self._current = exchange
         # An eager task runs at once, up to its first wait: most of a call's work needs no turn of the loop.
         task: asyncio.Task[None] = asyncio.Task(self._application.serve(exchange), loop=self._loop, eager_start=True)
-        if not task.done():
+        if task.done():
+            self._on_served(exchange, task)
+        else:
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(functools.partial(self._on_served, exchange))
+
+    def _on_served(self, exchange: Exchange, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._current is exchange and not self.is_gone:
+            # It was stopped, or failed at failing: no client shall wait for what will not come.
+            self.abort()
 
     def _call_next(self) -> None:
         if not self._is_write_paused:
@@ -317,9 +354,15 @@ class HttpConnection(asyncio.Protocol):
 
     def _await_request(self) -> None:
         self._deadline = self._loop.time() + (self.receive_timeout_s if self._has_begun else KEEP_ALIVE_S)
+        if self._owes_continue:
+            self._send_continue()
+
+    def _send_continue(self) -> None:
+        self._owes_continue = False
+        self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _begin_stall(self) -> None:
-        self._stall_deadline = self._loop.time() + CLIENT_STALL_S
+        self._stall_deadline = self._loop.time() + self.client_stall_s
         self._unread_bytes = self._transport.get_write_buffer_size()
 
     def _has_read(self) -> bool:
@@ -335,19 +378,35 @@ class HttpConnection(asyncio.Protocol):
             exchange = Exchange(self, "GET", "", {})
         exchange.refusal = error
         exchange.is_kept_alive = False
-        self._take(exchange)
         self._is_deaf = True
+        self._take(exchange)
 
-    def _close(self, *, hears_out: bool) -> None:
-        """Close after the last answer; a client that is still sending is first heard out, or it might not see it."""
-        if hears_out:
-            self._deadline = self._loop.time() + LINGER_S
-            self._transport.resume_reading()
-            if self._transport.can_write_eof():
-                self._transport.write_eof()
+    def _become_deaf(self) -> None:
+        """Hear nothing more: the connection ends with the last answer that is due."""
+        self._is_deaf = True
+        last = self._waiting[-1] if self._waiting else self._current
+        if last is None:
+            self._end()
+        else:
+            last.is_kept_alive = False
+
+    def _end(self) -> None:
+        """Close our half; the client reads what is left, and closes the other, or its time runs out."""
+        if self._is_ending:
             return
-        self._deadline = self._loop.time() + CLIENT_STALL_S
-        self._transport.close()
+        self._is_deaf = self._is_ending = True
+        self._deadline = self._loop.time() + LINGER_S
+        self._begin_stall()
+        self._transport.resume_reading()
+        self._transport.write_eof()
+
+    def _leave(self) -> None:
+        """The client has gone: nobody reads any more."""
+        self.is_gone = True
+        self._waiting.clear()
+        callback, self.gone_callback = self.gone_callback, None
+        if callback is not None:
+            callback()
 
     def _count_head(self, count: int) -> None:
         self._head_bytes += count
@@ -358,12 +417,12 @@ class HttpConnection(asyncio.Protocol):
     def _count_received(self, count: int) -> None:
         """Bound what the parser keeps, or drops, without a word: an endless header or trailer, chunk extensions."""
         self._received_bytes += count
-        bytes_max = self.header_bytes_max + READ_BYTES_MAX + CHUNKED_BYTES_PER_BYTE * self._body_bytes
+        bytes_max = self.header_bytes_max + READ_BYTES_MAX + CHUNKED_BYTES_PER_BYTE * len(self._body)
         if self._received_bytes > bytes_max:
             self._refuse(GatewayError(431, "headers_too_large", "The request's headers are too large."))
 
     def _refuse_body(self, exchange: Exchange) -> None:
-        self._body = []
+        self._body = b""
         exchange.is_kept_alive = False
         exchange.refusal = GatewayError(
             413, "request_too_large", f"The request's body is larger than {self.body_bytes_max} bytes."

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.gateway_stack import ServerProcess, build_gateway, read_events, read_stats
+from tests.fakes.gateway_stack import (
+    NO_HOLDS,
+    ServerProcess,
+    build_gateway,
+    read_events,
+    read_holds,
+    read_stats,
+    wait_for_events,
+)
+from tests.fakes.scripted_upstream import ScriptedUpstream
 from tests.gateway.conftest import Stack, wait_for_version
 from tests.gateway.test_wire import CALL, build_request
 
@@ -31,6 +40,7 @@ def narrow_gateway(
         GATEWAY_REQUEST_BYTES_MAX=str(BODY_MAX),
         GATEWAY_HEADER_BYTES_MAX=str(HEAD_MAX),
         GATEWAY_RECEIVE_TIMEOUT_S="2",
+        GATEWAY_CLIENT_STALL_S="1",
     )
     gateway.start()
     yield gateway
@@ -200,3 +210,49 @@ def test_memory_does_not_grow_with_what_is_refused(narrow_gateway: ServerProcess
         time.sleep(0.02)
     # A hundred megabytes came; each connection may hold one read beside its head.
     assert highest - before < 16 * 1024 * 1024
+
+
+FRAMES_MAX = 30_000
+
+
+def test_a_client_that_never_reads_is_cut_off_and_so_is_its_upstream(
+    stack: Stack, narrow_gateway: ServerProcess
+) -> None:
+    sent = 0
+
+    def answer(_request: bytes) -> Iterator[bytes]:
+        nonlocal sent
+        yield b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+        for sent in range(1, FRAMES_MAX + 1):
+            usage = {"prompt_tokens": 11, "completion_tokens": sent, "total_tokens": 11 + sent}
+            chunk = {
+                "id": "c",
+                "choices": [{"index": 0, "delta": {"content": "w"}}],
+                "usage": usage,
+                "pad": "y" * 1_000,
+            }
+            yield b"data: %b\n\n" % json.dumps(chunk).encode()
+
+    upstream = ScriptedUpstream(answer)  # type: ignore[arg-type]
+    try:
+        stack.catalog.upstreams.clear()
+        stack.catalog.add_upstream(1, upstream.url + "/v1", kind="vllm")
+        stack.publish()
+        wait_for_version(narrow_gateway, stack.catalog.version)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            client.connect(("127.0.0.1", narrow_gateway.port))
+            started_at = time.monotonic()
+            client.sendall(build_request(stack, CALL[:-1] + b', "stream": true}'))
+            (event,) = wait_for_events(stack.redis, 1)
+            assert 1.0 <= time.monotonic() - started_at < 4.0
+            # The upstream was held back while the client did not read, and left when the client was.
+            assert (event.outcome, event.usage_source, event.input_tokens) == ("client_aborted", "provider_partial", 11)
+            assert 1 <= event.output_tokens <= sent < FRAMES_MAX
+            received = b""
+            while chunk := client.recv(65536):
+                received += chunk
+            assert not received.endswith(b"0\r\n\r\n")
+    finally:
+        upstream.close()
+    assert read_holds(stack.redis) == NO_HOLDS

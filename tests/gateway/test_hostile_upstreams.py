@@ -142,3 +142,14 @@ def test_many_small_pieces_are_no_endless_head(stack: Stack, hostile: ScriptedUp
     got = send(stack, stream=True)
     assert got.is_complete
     assert got.body.count(b'"content":"w"') == 30
+
+
+@pytest.mark.parametrize("status", [430, 499, 299, 529, 599, 999])
+def test_a_status_that_http_has_no_name_for_is_answered(stack: Stack, hostile: ScriptedUpstream, status: int) -> None:
+    hostile.answer = lambda _request: [b"HTTP/1.1 %d \r\ncontent-length: 0\r\n\r\n" % status]
+    got = asyncio.run(send_call(stack.gateway.port, stack.api_key, BODY, timeout_s=5))
+    assert got.status == {430: 430, 529: 503}.get(status, 502)
+    (event,) = wait_for_events(stack.redis, 1)
+    assert [(attempt.outcome, attempt.status_code) for attempt in event.attempts] == [
+        ("invalid_request_error" if status == 430 else "upstream_error", status)
+    ]
