@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime, timedelta
 
 import psycopg
 import pytest
 import redis
 from django.db import IntegrityError, connection
 
+from metering.event_partitions import create_event_partitions
 from metering.models import DeadLetter, HourlyCount, SequenceGap, UsageEvent
 from metering.rolling_up import RollUpTotals
 from metering.selectors import get_usage_event
@@ -78,6 +81,26 @@ def test_application_role_makes_day_partitions_near_today_only(app_connection: p
         with pytest.raises(psycopg.errors.CheckViolation):
             app_connection.execute(create, [datetime.now(UTC).date() + timedelta(days=offset_days)])
         app_connection.rollback()
+
+
+def test_two_makers_of_one_partition_make_one(app_connection: psycopg.Connection) -> None:
+    """The second waits until the first has committed, and then finds the partition."""
+    day = datetime.now(UTC).date() - timedelta(days=299)
+
+    def create_it_too() -> list[date]:
+        try:
+            return create_event_partitions([day])
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        with app_connection.transaction():
+            app_connection.execute("SELECT metering_create_event_partition(%s)", [day])
+            second = pool.submit(create_it_too)
+            deadline = time.monotonic() + 20
+            while app_connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() == (0,):
+                assert time.monotonic() < deadline
+        assert second.result(timeout=20) == []
 
 
 def test_receipt_reads_one_partition_by_its_key(metering: redis.Redis) -> None:
