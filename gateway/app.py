@@ -19,6 +19,7 @@ from gateway.admission import ADMIT, CANCEL, Admission
 from gateway.authentication import Authenticator, check_scope
 from gateway.calls import Call, read_labels
 from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord
+from gateway.counting import count_live_streams
 from gateway.endpoints.dialect import Dialect
 from gateway.endpoints.translated_exchange import DIALECTS, TranslatedExchange, send_error, translate_request
 from gateway.errors import SERVER, GatewayError, RedisUnavailableError, SpoolFullError, build_metering_unavailable
@@ -193,8 +194,13 @@ class GatewayApp:
         await _load_tokenizer()
         self._sweeper.start()
         self._add_gauges()
-        self._background.append(asyncio.get_running_loop().create_task(self._publish_metrics()))
+        self._start_background()
         log.info("gateway process %s records as %s", self._worker, producer)
+
+    def _start_background(self) -> None:
+        interval_s = self._settings.lease_s / 3
+        work = (self._publish_metrics(), count_live_streams(self._parts.in_flight, interval_s=interval_s))
+        self._background = [asyncio.get_running_loop().create_task(task) for task in work]
 
     async def shutdown(self) -> None:
         """Record what is still running, within a bound, and close."""

@@ -40,7 +40,7 @@ class HoldRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """The last known counts of a live call, in tokens, inclusive; renewed with its lease."""
+    """The last known counts of a live call, in tokens, inclusive; renewed with its lease. `source` says whose."""
 
     provider_id: int
     upstream_id: int
@@ -50,6 +50,7 @@ class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     cache_write_tokens: int
     output_tokens: int
     reasoning_tokens: int
+    source: UsageSource = UsageSource.PROVIDER_PARTIAL
 
 
 class Call(msgspec.Struct, kw_only=True):
@@ -82,6 +83,8 @@ class Call(msgspec.Struct, kw_only=True):
     attempts: list[Attempt] = []
     first_byte_us: int | None = None
     recorded_usage: ReportedUsage | None = None
+    # Our own count of a live stream that reports none while it runs, at the last look (`counting.py`).
+    counted_usage: ReportedUsage | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,7 +169,7 @@ def build_hold(call: Call, upstream: UpstreamRecord, producer: str) -> bytes:
 
 def build_progress(call: Call) -> bytes:
     """Return the progress record of a live call, or b"" while nothing is known."""
-    usage = call.meter.last_usage if call.meter is not None else None
+    usage = (call.meter and call.meter.last_usage) or call.counted_usage
     if usage is None or call.upstream is None:
         return b""
     return msgspec.msgpack.encode(
@@ -179,6 +182,7 @@ def build_progress(call: Call) -> bytes:
             cache_write_tokens=usage.cache_write_tokens,
             output_tokens=usage.output_tokens,
             reasoning_tokens=usage.reasoning_tokens,
+            source=UsageSource.COUNTED if usage.source is UsageSource.COUNTED else UsageSource.PROVIDER_PARTIAL,
         )
     )
 
@@ -246,7 +250,7 @@ def build_abandoned_settlement(
     call_id: str, hold: HoldRecord, progress: ProgressRecord | None, *, keys: PartitionKeys, catalog: Catalog
 ) -> Settlement:
     """Return what the sweeper records of a call whose gateway died: the last known counts, or none (`estimated`)."""
-    usage = NOTHING_USED
+    usage = ReportedUsage(0, 0, source=UsageSource.ESTIMATED)
     provider_id, upstream_id, region = hold.provider_id, hold.upstream_id, hold.region
     if progress is not None:
         usage = ReportedUsage(
@@ -255,9 +259,10 @@ def build_abandoned_settlement(
             cached_input_tokens=progress.cached_input_tokens,
             cache_write_tokens=progress.cache_write_tokens,
             reasoning_tokens=progress.reasoning_tokens,
+            source=progress.source,
         )
         provider_id, upstream_id, region = progress.provider_id, progress.upstream_id, progress.region
-    source = UsageSource.ESTIMATED if progress is None else UsageSource.PROVIDER_PARTIAL
+    is_counted = usage.source is UsageSource.COUNTED
     price = catalog.get_price(hold.tenant_id, hold.served_model_id)
 
     def build_event(producer: str, seq: int) -> bytes:
@@ -273,7 +278,7 @@ def build_abandoned_settlement(
                 upstream_id=upstream_id,
                 occurred_at_us=hold.occurred_at_us,
                 outcome=Outcome.ABANDONED.value,
-                usage_source=source.value,
+                usage_source=usage.source.value,
                 input_tokens=usage.input_tokens,
                 cached_input_tokens=usage.cached_input_tokens,
                 cache_write_tokens=usage.cache_write_tokens,
@@ -282,6 +287,8 @@ def build_abandoned_settlement(
                 endpoint=hold.endpoint,
                 streamed=hold.streamed,
                 region=region,
+                counted_input_tokens=usage.input_tokens if is_counted else None,
+                counted_output_tokens=usage.output_tokens if is_counted else None,
                 labels=hold.labels,
             )
         )

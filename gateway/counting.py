@@ -7,7 +7,9 @@ an answer's may differ by 1 for each choice, for a model may cut the same text i
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gateway.calls import NOTHING_USED, Call, Verdict
@@ -32,7 +34,7 @@ class OwnCount:
 NOT_COUNTED = OwnCount(None, None)
 
 
-async def count_call(call: Call, emitted: EmittedText) -> OwnCount:
+async def count_call(call: Call, emitted: Callable[[], EmittedText]) -> OwnCount:
     """Return our own count of a call, taken off the event loop. Never fails: what we cannot count must still end."""
     try:
         return await run_in_tokenizer_thread(_count, call, emitted)
@@ -42,6 +44,22 @@ async def count_call(call: Call, emitted: EmittedText) -> OwnCount:
         # E.g. a RecursionError on tools nested a thousand deep. The message may hold the tenant's text.
         log.error("call %s could not be counted: %s", call.call_id, type(error).__name__)
         return NOT_COUNTED
+
+
+async def count_live_streams(in_flight: Mapping[str, Call], *, interval_s: float) -> None:
+    """Count for ever what streams have said that report no usage while they run: their leases carry it.
+
+    One after the other, so that the counts that bills need wait for one of these at most.
+    """
+    while True:
+        await asyncio.sleep(interval_s)
+        for call in list(in_flight.values()):
+            meter = call.meter
+            if meter is None or meter.last_usage is not None:
+                continue
+            count = await count_call(call, meter.copy_emitted())
+            if count.input_tokens is not None and count.output_tokens is not None:
+                call.counted_usage = ReportedUsage(count.input_tokens, count.output_tokens, source=UsageSource.COUNTED)
 
 
 def is_audited(call_id: str, audit_permille: int) -> bool:
@@ -63,10 +81,10 @@ async def judge_usage(
     reported = result.usage
     count = NOT_COUNTED
     if reported is None:
-        count = await count_call(call, result.emitted())
+        count = await count_call(call, result.emitted)
     elif is_audited(call.call_id, audit_permille):
         emitted = result.emitted()
-        count = await count_call(call, emitted)
+        count = await count_call(call, lambda: emitted)
         _compare(call, reported, count, choices_count=len(emitted.choices), telemetry=telemetry)
     if reported is not None:
         usage, source = reported, reported.source
@@ -85,12 +103,15 @@ async def judge_usage(
     )
 
 
-def _count(call: Call, emitted: EmittedText) -> OwnCount:
+def _count(call: Call, emitted: Callable[[], EmittedText]) -> OwnCount:
     template = call.model.chat_template
     # The request's endpoint, not the call's: a message or a response went upstream as a chat completion.
     endpoint = call.request.endpoint
-    input_tokens = count_input_tokens(call.request.json, endpoint=endpoint, chat_template=template)
-    output_tokens = 0 if endpoint == "embeddings" else count_output_tokens(emitted, chat_template=template)
+    if call.counted_usage is not None:
+        input_tokens: int | None = call.counted_usage.input_tokens
+    else:
+        input_tokens = count_input_tokens(call.request.json, endpoint=endpoint, chat_template=template)
+    output_tokens = 0 if endpoint == "embeddings" else count_output_tokens(emitted(), chat_template=template)
     return OwnCount(input_tokens, output_tokens)
 
 

@@ -5,7 +5,7 @@
 | the whole answer went out | completed | reported usage, or our own count |
 | the client left | client_aborted | what was emitted: continuous usage, or our own count |
 | no upstream gave a whole answer | upstream_error | nothing; the attempts carry the exposure |
-| the gateway had to stop (drain bound) | abandoned | the last known counts |
+| the gateway had to stop (drain bound) | abandoned | what was emitted, as above |
 A call that was refused, or whose client left before anything was forwarded, has no event: its hold is released.
 """
 
@@ -371,12 +371,13 @@ class Relay:
         await self._settle(verdict)
 
     async def _settle_abandoned(self) -> None:
-        """The process must stop: record the last known counts."""
+        """The process must stop: record what a stream has said so far; of any other call nothing is known."""
         if self._call.is_settled:
             return
-        usage = self._call.meter.last_usage if self._call.meter is not None else None
-        source = UsageSource.PROVIDER_PARTIAL if usage is not None else UsageSource.ESTIMATED
-        verdict = Verdict(outcome=Outcome.ABANDONED, source=source, usage=usage or NOTHING_USED)
+        if self._call.meter is None:
+            verdict = Verdict(outcome=Outcome.ABANDONED, source=UsageSource.ESTIMATED, usage=NOTHING_USED)
+        else:
+            verdict = await self._judge(self._call.meter.finish(), Outcome.ABANDONED)
         await self._settle(verdict)
 
     async def _judge(self, result: CallResult, outcome: Outcome) -> Verdict:
@@ -394,7 +395,7 @@ class Relay:
     ) -> None:
         exposure = result.usage
         if exposure is None and attempt.is_exposed and not self._is_gone:
-            count = await count_call(self._call, result.emitted())
+            count = await count_call(self._call, result.emitted)
             exposure = ReportedUsage(count.input_tokens or 0, count.output_tokens or 0)
         status = self._connection.status if self._connection is not None else 0
         self._add_attempt(upstream, attempt.code, status=status, exposure=exposure or NOTHING_USED)

@@ -159,6 +159,10 @@ class StreamMeter(Protocol):
         """Return what was seen. Call once, on the end, on an abort or when the upstream died."""
         ...
 
+    def copy_emitted(self) -> Callable[[], EmittedText]:
+        """Return what builds the text so far; it may run on another thread while the stream goes on."""
+        ...
+
 
 class Provider(Protocol):
     """One kind of upstream. Stateless: one object serves all calls.

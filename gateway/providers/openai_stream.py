@@ -16,12 +16,13 @@ How usage is merged (reference: `providers/README.md`):
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from gateway.contract.token_kind import UsageSource
-from gateway.providers.base import CallRequest, CallResult, ReportedUsage, UpstreamFailure
+from gateway.providers.base import CallRequest, CallResult, EmittedText, ReportedUsage, UpstreamFailure
 from gateway.providers.transcript import Transcript, parse_json
 from gateway.providers.upstream_errors import build_invalid_answer, classify_body
 from gateway.sse import FrameSplitter, FrameTooLargeError, build_frame, get_frame_data
@@ -196,6 +197,10 @@ class OpenAIStreamMeter:
             is_complete=self._has_end and self._error is None,
             emitted=self._transcript.build_emitted,
         )
+
+    def copy_emitted(self) -> Callable[[], EmittedText]:
+        """Return what builds the text so far; see StreamMeter."""
+        return self._transcript.copy().build_emitted
 
     def _take(self, frame: bytes) -> bytes:
         """Take in one frame and return what the client gets of it."""

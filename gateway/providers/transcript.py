@@ -65,6 +65,14 @@ class _ChoiceText:
                 added += len(value)
         return added
 
+    def copy(self) -> _ChoiceText:
+        copied = _ChoiceText()
+        copied.content = self.content.copy()
+        copied.reasoning = self.reasoning.copy()
+        copied.tool_calls = {index: (name.copy(), text.copy()) for index, (name, text) in self.tool_calls.items()}
+        copied.finish_reason = self.finish_reason
+        return copied
+
     def build(self) -> EmittedChoice:
         ordered = (self.tool_calls[index] for index in sorted(self.tool_calls))
         return EmittedChoice(
@@ -129,6 +137,15 @@ class Transcript:
         self._parse_pending()
         choices = tuple(choice.build() for _, choice in sorted(self._choices.items()))
         return EmittedText(choices=choices, is_truncated=self._is_truncated)
+
+    def copy(self) -> Transcript:
+        """Return a transcript of the same text, for another thread; marks are not copied."""
+        copied = Transcript()
+        copied._pending = self._pending.copy()
+        copied._choices = {index: choice.copy() for index, choice in self._choices.items()}
+        copied._text_characters = self._text_characters
+        copied._is_truncated = self._is_truncated
+        return copied
 
     def _add_choice(self, choice: dict[str, Any], position: int) -> None:
         index = choice.get("index", position)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -69,17 +71,22 @@ class TranslatedStreamMeter(ABC):
         """Return what was seen; see StreamMeter."""
         if not self.is_done:
             self.read_tail()
-        emitted = EmittedText(
-            (EmittedChoice(content="".join(self._texts), finish_reason=self._finish_reason),),
-            is_truncated=self._text_characters > TEXT_CHARACTERS_MAX,
-        )
         return CallResult(
             usage=self._settle_usage(),
             finish_reason=self._finish_reason,
             provider_request_id=self.request_id,
             error=self._error,
             is_complete=self._has_end and self._error is None,
-            emitted=lambda: emitted,
+            emitted=self.copy_emitted(),
+        )
+
+    def copy_emitted(self) -> Callable[[], EmittedText]:
+        """Return what builds the text so far; see StreamMeter."""
+        return partial(
+            _build_emitted,
+            self._texts.copy(),
+            finish_reason=self._finish_reason,
+            is_truncated=self._text_characters > TEXT_CHARACTERS_MAX,
         )
 
     def say(self, text: str) -> None:
@@ -138,6 +145,10 @@ class TranslatedStreamMeter(ABC):
             **members,
         }
         self._frames.append(build_frame(msgspec.json.encode(chunk)))
+
+
+def _build_emitted(texts: list[str], *, finish_reason: str, is_truncated: bool) -> EmittedText:
+    return EmittedText((EmittedChoice(content="".join(texts), finish_reason=finish_reason),), is_truncated=is_truncated)
 
 
 def _build_choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """An inference server that counts: `python -m tests.fakes.counting_upstream PORT`. Fast, and knows every call id.
 
 The body says what to do: `chunks` (of one token each, `max_tokens` at most), `chunk_delay_ms`, `fault` (`http_500`,
-`hang`), `input_tokens` to report instead of 7, `waits` (a stream ends after `GET /release` only). Usage is continuous.
-`GET /stats` returns {call id: [requests, tokens sent, ended]}.
+`hang`), `input_tokens` to report instead of 7, `waits` (a stream's last chunk comes after `GET /release` only), and
+`final_usage`: usage comes at the end of a stream only, not with each chunk. `GET /stats` returns
+{call id: [requests, tokens sent, ended]}.
 """
 
 from __future__ import annotations
@@ -67,17 +68,15 @@ class CountingUpstream:
             return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         for number in range(1, chunks + 1):
+            if body.get("waits") and number == chunks:
+                await self.is_released.wait()
             finish = "stop" if number == chunks else None
             choice = {"index": 0, "delta": {"content": "w "}, "finish_reason": finish}
-            _write_frame(
-                writer, json.dumps({"id": "c", "choices": [choice], "usage": build_usage(number, input_tokens)})
-            )
+            usage = {} if body.get("final_usage") else {"usage": build_usage(number, input_tokens)}
+            _write_frame(writer, json.dumps({"id": "c", "choices": [choice], **usage}))
             record[1] = number
             await writer.drain()
             await asyncio.sleep(delay_s)
-        if body.get("waits"):
-            await writer.drain()
-            await self.is_released.wait()
         _write_frame(writer, json.dumps({"id": "c", "choices": [], "usage": build_usage(chunks, input_tokens)}))
         _write_frame(writer, "[DONE]")
         writer.write(b"0\r\n\r\n")
