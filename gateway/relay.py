@@ -6,7 +6,8 @@
 | the client left | client_aborted | what was emitted: continuous usage, or our own count |
 | no upstream gave a whole answer | upstream_error | nothing; the attempts carry the exposure |
 | the gateway had to stop (drain bound) | abandoned | what was emitted, as above |
-A call that was refused, or whose client left before anything was forwarded, has no event: its hold is released.
+A call that was refused, or whose client left before anything was forwarded, has no event: its hold is released. An
+upstream that fails by itself is one that failed, also where the client has left and the answer was only read on.
 """
 
 from __future__ import annotations
@@ -79,14 +80,22 @@ class RelayParts:
 
 
 class AttemptFailedError(Exception):
-    """One attempt failed before the first byte; `failure` is what the tenant is told if it was the last one."""
+    """One attempt failed before the first byte; `failure` is what the tenant is told if it was the last one.
 
-    def __init__(self, code: str, failure: UpstreamFailure, *, is_exposed: bool = False) -> None:
+    `status` is that of the upstream's answer, 0 where there was none.
+    """
+
+    def __init__(self, code: str, failure: UpstreamFailure, *, status: int = 0, is_exposed: bool = False) -> None:
         super().__init__(failure.message)
         self.code = code
         self.failure = failure
+        self.status = status
         # The provider may have worked, and bill it.
         self.is_exposed = is_exposed
+
+
+class NotForwardedError(Exception):
+    """The client left before the attempt had sent anything."""
 
 
 class Relay:
@@ -99,6 +108,7 @@ class Relay:
         self._connection: UpstreamConnection | None = None
         self._rate_headers: Headers = ()
         self._is_gone = False
+        self._is_forwarded = False
         self._drain: ClientDrain | None = None
 
     async def run(self, upstreams: tuple[UpstreamRecord, ...]) -> None:
@@ -109,11 +119,16 @@ class Relay:
         parts.in_flight[call.call_id] = call
         try:
             started_at = time.monotonic()
-            self._rate_headers = await parts.admission.admit(call, candidates[0])
+            try:
+                self._rate_headers = await parts.admission.admit(call, candidates[0])
+            except asyncio.CancelledError:
+                # The reply may be a yes.
+                parts.admission.cancel(call)
+                raise
             parts.telemetry.admit_seconds.observe(time.monotonic() - started_at)
             self._exchange.set_gone_callback(self._on_client_gone)
             if self._exchange.is_gone:
-                parts.admission.cancel(call)
+                await self._withdraw(candidates[0])
                 return
             await self._forward(candidates[:ATTEMPTS_MAX])
         finally:
@@ -133,19 +148,21 @@ class Relay:
 
     async def _forward(self, candidates: Sequence[UpstreamRecord]) -> None:
         """Try the candidates until one answers; whatever happens, the call is settled when this returns."""
-        self._parts.telemetry.calls_forwarded.add()
         try:
             for number, upstream in enumerate(candidates, 1):
                 self._call.upstream = upstream
                 try:
                     await self._attempt(upstream)
                     return
+                except NotForwardedError:
+                    await self._withdraw(upstream)
+                    return
                 except AttemptFailedError as attempt:
                     await self._note_failure(upstream, attempt)
-                    if self._is_gone:
+                    if attempt.code == CLIENT_GONE:
                         await self._settle_gone(_NO_RESULT)
                         return
-                    if number == len(candidates) or not attempt.failure.is_retryable:
+                    if self._is_gone or number == len(candidates) or not attempt.failure.is_retryable:
                         await self._settle(_build_failed_verdict())
                         raise _build_upstream_error(attempt.failure) from attempt
         except GatewayError:
@@ -186,7 +203,7 @@ class Relay:
             if connection.status != 200:
                 body = await connection.read_body(bytes_max=ERROR_BYTES_MAX)
                 failure = provider.classify_error(connection.status, connection.headers, body)
-                raise AttemptFailedError(failure.code or "upstream_error", failure)
+                raise AttemptFailedError(failure.code or "upstream_error", failure, status=connection.status)
             if call.request.streamed and connection.headers.get("content-type", "").startswith(
                 provider.stream_content_type
             ):
@@ -194,7 +211,7 @@ class Relay:
             else:
                 await self._relay_whole(upstream, provider, connection)
         except UpstreamConnectionError as error:
-            raise _build_connection_failure(error) from error
+            raise _build_connection_failure(error, status=connection.status) from error
 
     async def _open(self, upstream: UpstreamRecord, provider: Provider) -> UpstreamConnection:
         """Send the request and wait for status and headers, once more where a kept connection had just been closed."""
@@ -222,7 +239,8 @@ class Relay:
                 connection = (None if is_fresh else parts.pool.take(origin)) or await parts.pool.connect(origin)
                 self._connection = connection
                 if self._is_gone:
-                    raise UpstreamConnectionError(CLIENT_GONE, "The client has gone.")
+                    raise NotForwardedError
+                self._note_forwarded()
                 connection.send(request, timeout_s=upstream.timeout_ms / 1000)
                 await connection.read_head()
                 return connection
@@ -241,7 +259,7 @@ class Relay:
         self._release()
         result = provider.parse_response(body, headers, context_tokens_max=call.window_tokens, call=call.request)
         if result.error is not None:
-            raise AttemptFailedError(result.error.code, result.error, is_exposed=True)
+            raise AttemptFailedError(result.error.code, result.error, status=200, is_exposed=True)
         self._note_success(upstream)
         if self._is_gone and not exchange.keeps_answer:
             await self._settle_gone(result)
@@ -280,17 +298,17 @@ class Relay:
         finally:
             exchange.set_pause_callback(None)
         result = meter.finish()
+        # A client that leaves stops the upstream (`abort`), or the answer is read on for its count (`drain`).
+        was_stopped = failed_with is not None and failed_with.code == CLIENT_GONE
+        if not was_stopped and (result.error is not None or failed_with is not None or not result.is_complete):
+            await self._fail_stream(upstream, result, failed_with)
+            return
+        self._note_success(upstream)
         if self._is_gone:
-            # A client that leaves stops the upstream (`abort`), or the answer is read on for its count (`drain`).
-            self._note_success(upstream)
             await self._settle_gone(result)
             if result.is_complete and exchange.keeps_answer:
                 await exchange.finish_stream(b"data: [DONE]\n\n")
             return
-        if result.error is not None or failed_with is not None or not result.is_complete:
-            await self._fail_stream(upstream, result, failed_with)
-            return
-        self._note_success(upstream)
         verdict = await self._judge(result, Outcome.COMPLETED)
         try:
             await self._settle(verdict)
@@ -323,12 +341,13 @@ class Relay:
     ) -> None:
         """End a stream that broke: the next upstream before the first byte, an error frame without [DONE] after it."""
         if result.error is not None:
-            attempt = AttemptFailedError(result.error.code or "upstream_error", result.error, is_exposed=True)
+            code = result.error.code or "upstream_error"
+            attempt = AttemptFailedError(code, result.error, status=200, is_exposed=True)
         else:
             broken = failed_with or UpstreamConnectionError(
                 "upstream_truncated", "The upstream ended the stream before its end."
             )
-            attempt = _build_connection_failure(broken)
+            attempt = _build_connection_failure(broken, status=200)
         if not self._exchange.has_started:
             raise attempt
         await self._note_failure(upstream, attempt, result=result)
@@ -351,6 +370,7 @@ class Relay:
     async def _settle(self, verdict: Verdict) -> bytes:
         """Make the event durable; return the cost for its header. Raises SpoolFullError."""
         parts, call = self._parts, self._call
+        self._note_forwarded()
         call.is_settled = True
         call.recorded_usage = verdict.usage
         settlement = build_settlement(call, verdict, total_us=self._measure_us())
@@ -365,6 +385,15 @@ class Relay:
         parts.telemetry.tokens.add(verdict.usage.input_tokens, (model, "input"))
         parts.telemetry.tokens.add(verdict.usage.output_tokens, (model, "output"))
         return format_nano(settlement.cost_nano, call.caller.tenant.currency).encode()
+
+    async def _withdraw(self, upstream: UpstreamRecord) -> None:
+        """The client left before anything went to `upstream`: what there is to record was before that, if anything."""
+        self._call.upstream = upstream
+        if self._call.attempts or self._call.has_spooled_intent:
+            # An intent in the spool has its end there, or it would be taken for that of a dead gateway.
+            await self._settle(_build_failed_verdict())
+        else:
+            self._parts.admission.cancel(self._call)
 
     async def _settle_gone(self, result: CallResult) -> None:
         verdict = await self._judge(result, Outcome.CLIENT_ABORTED)
@@ -394,13 +423,17 @@ class Relay:
         self, upstream: UpstreamRecord, attempt: AttemptFailedError, *, result: CallResult = _NO_RESULT
     ) -> None:
         exposure = result.usage
-        if exposure is None and attempt.is_exposed and not self._is_gone:
+        if exposure is None and attempt.is_exposed and attempt.code != CLIENT_GONE:
             count = await count_call(self._call, result.emitted)
             exposure = ReportedUsage(count.input_tokens or 0, count.output_tokens or 0)
-        status = self._connection.status if self._connection is not None else 0
-        self._add_attempt(upstream, attempt.code, status=status, exposure=exposure or NOTHING_USED)
-        if attempt.failure.is_retryable and not self._is_gone:
+        self._add_attempt(upstream, attempt.code, status=attempt.status, exposure=exposure or NOTHING_USED)
+        if attempt.failure.is_retryable and attempt.code != CLIENT_GONE:
             self._parts.breakers.record_failure(upstream.upstream_id, now=asyncio.get_running_loop().time())
+
+    def _note_forwarded(self) -> None:
+        if not self._is_forwarded:
+            self._is_forwarded = True
+            self._parts.telemetry.calls_forwarded.add()
 
     def _note_success(self, upstream: UpstreamRecord) -> None:
         self._parts.breakers.record_success(upstream.upstream_id)
@@ -434,10 +467,10 @@ def _build_misconfigured() -> AttemptFailedError:
     return AttemptFailedError(failure.code, failure)
 
 
-def _build_connection_failure(error: UpstreamConnectionError) -> AttemptFailedError:
-    status = 504 if error.code == "upstream_timeout" else 502
-    failure = UpstreamFailure(status, error.code, SERVER, str(error), is_retryable=True)
-    return AttemptFailedError(error.code, failure, is_exposed=error.code != "upstream_unreachable")
+def _build_connection_failure(error: UpstreamConnectionError, *, status: int = 0) -> AttemptFailedError:
+    answered = 504 if error.code == "upstream_timeout" else 502
+    failure = UpstreamFailure(answered, error.code, SERVER, str(error), is_retryable=True)
+    return AttemptFailedError(error.code, failure, status=status, is_exposed=error.code != "upstream_unreachable")
 
 
 def _build_failed_verdict(result: CallResult = _NO_RESULT) -> Verdict:

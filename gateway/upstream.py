@@ -66,7 +66,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
-        self._chunks: list[bytes] = []
+        # The body as far as nobody has taken it, and how much of it there was.
+        self._body: bytes | bytearray = b""
         self._buffered = 0
         self._buffered_max = BUFFERED_BYTES_MAX
         self._sink: Callable[[bytes], None] | None = None
@@ -98,6 +99,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._timeout_s = timeout_s
         self.deadline = self._loop.time() + timeout_s
         self._pool.active.add(self)
+        if self._is_closed:
+            # Between `connect` and now.
+            self.fail("upstream_unreachable", "The upstream closed the connection before it had the request.")
+            return
         lines = [b"%b %b HTTP/1.1\r\n" % (request.method.encode(), request.path.encode()), self._origin.host_line]
         for header in request.headers:
             lines.append(b"%b: %b\r\n" % header)
@@ -120,10 +125,7 @@ class UpstreamConnection(asyncio.Protocol):
             await self._wait()
         if self._buffered > bytes_max:
             raise UpstreamConnectionError("upstream_answer_too_large", "The upstream's answer is too large.")
-        chunks = self._chunks
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self._chunks = []
-        return body
+        return self._take_body()
 
     async def relay_body(self, sink: Callable[[bytes], None]) -> None:
         """Give `sink` everything as it arrives, until the end of the body; raises UpstreamConnectionError.
@@ -162,7 +164,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Give the connection back; it is kept for the next call if the exchange ended as the protocol wants."""
         self._pool.active.discard(self)
         self._go_on()
-        if self._is_complete and not self._is_closed and not self._chunks:
+        if self._is_complete and not self._is_closed and not self._body:
             self._pool.keep(self)
         else:
             self.abort()
@@ -174,10 +176,9 @@ class UpstreamConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def fail(self, code: str, message: str) -> None:
+    def fail(self, code: str, message: str, *, was_reused: bool = False) -> None:
         """End the exchange with an error, for whoever waits."""
         if self._failure is None:
-            was_reused = self._is_reused and not self._has_bytes
             self._failure = UpstreamConnectionError(code, message, was_reused=was_reused)
         self.abort()
         self._wake()
@@ -211,7 +212,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._is_complete = True
             self._wake()
             return
-        self.fail("upstream_connection_lost", "The connection to the upstream was lost.")
+        was_reused = self._is_reused and not self._has_bytes
+        self.fail("upstream_connection_lost", "The connection to the upstream was lost.", was_reused=was_reused)
 
     def data_received(self, data: bytes) -> None:
         if self._is_complete:
@@ -263,8 +265,14 @@ class UpstreamConnection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if self._is_complete:
             return
-        self._chunks.append(body)
         self._buffered += len(body)
+        if not self._body:
+            self._body = body
+            return
+        # Not a list of pieces: a body in chunks of one byte would take forty times its size.
+        if not isinstance(self._body, bytearray):
+            self._body = bytearray(self._body)
+        self._body += body
 
     def on_message_complete(self) -> None:
         if self._is_complete or self.status < 200:
@@ -277,10 +285,9 @@ class UpstreamConnection(asyncio.Protocol):
     def _flush(self) -> None:
         """Hand on what has arrived. Nobody relays: wake the reader of a whole body at its bound, or stop reading."""
         if self._sink is not None:
-            if self._chunks:
-                chunks, self._chunks = self._chunks, []
+            if self._body:
                 try:
-                    self._sink(chunks[0] if len(chunks) == 1 else b"".join(chunks))
+                    self._sink(self._take_body())
                 except Exception as error:
                     self._broken, self._sink = error, None
                     self._wake()
@@ -289,6 +296,10 @@ class UpstreamConnection(asyncio.Protocol):
                 self._wake()
             else:
                 self.set_paused(True)
+
+    def _take_body(self) -> bytes:
+        body, self._body = bytes(self._body), b""
+        return body
 
     def _count_bare(self, count: int) -> None:
         """Bound what comes without any body in it: an endless header or trailer, interim answers, chunk extensions."""

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
+import struct
+import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
+import uvloop
 
 from gateway import upstream as upstream_module
-from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_holds, wait_for_events
+from gateway.contract.usage_event import UsageEvent
+from gateway.errors import UpstreamConnectionError
+from gateway.providers.base import UpstreamRequest
+from gateway.upstream import UpstreamPool, parse_origin
+from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds, wait_for_events
 from tests.fakes.load_client import Answer, send_call
 from tests.fakes.scripted_upstream import ScriptedUpstream, build_answer, build_chat_body
 from tests.gateway.conftest import Stack
+from tests.gateway.test_wire import build_request
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 CHAT = build_chat_body(["fine"], input_tokens=11, output_tokens=2)
@@ -153,3 +164,193 @@ def test_a_status_that_http_has_no_name_for_is_answered(stack: Stack, hostile: S
     assert [(attempt.outcome, attempt.status_code) for attempt in event.attempts] == [
         ("invalid_request_error" if status == 430 else "upstream_error", status)
     ]
+
+
+REQUEST = UpstreamRequest("POST", "/v1/chat/completions", [], b"{}")
+
+
+def list_attempts(event: UsageEvent) -> list[tuple[int, str, int]]:
+    return [(attempt.upstream_id, attempt.outcome, attempt.status_code) for attempt in event.attempts]
+
+
+def reset_at_once(listener: socket.socket) -> None:
+    """Accept connections and reset them, until the listener is closed."""
+    while True:
+        try:
+            connection, _address = listener.accept()
+        except OSError:
+            return
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+
+def test_a_connection_that_is_lost_before_it_is_used_fails_at_once() -> None:
+    async def main() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=reset_at_once, args=(listener,), daemon=True).start()
+        pool = UpstreamPool()
+        connection = await pool.connect(parse_origin(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        await asyncio.sleep(0.1)
+        connection.send(REQUEST, timeout_s=30)
+        async with asyncio.timeout(1):
+            with pytest.raises(UpstreamConnectionError) as caught:
+                await connection.read_head()
+        assert (caught.value.code, caught.value.was_reused) == ("upstream_unreachable", False)
+        await pool.close()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+    uvloop.run(main())
+
+
+def test_an_upstream_that_resets_each_connection_is_passed_over_at_once(
+    stack: Stack, hostile: ScriptedUpstream
+) -> None:
+    hostile.answer = lambda _request: [build_answer(CHAT)]
+    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+    threading.Thread(target=reset_at_once, args=(listener,), daemon=True).start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    stack.catalog.add_upstream(2, url, kind="openai_compatible", priority=-1)
+    stack.publish()
+    started_at = time.monotonic()
+    for _ in range(20):
+        assert send(stack).status == 200
+    assert time.monotonic() - started_at < 3
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    events = wait_for_events(stack.redis, 20)
+    assert [(event.outcome, event.output_tokens) for event in events] == [("completed", 2)] * 20
+    assert len(hostile.requests) == 20
+    # Five failures open the circuit.
+    failed = [event for event in events if event.attempts]
+    assert len(failed) == 5
+    for event in failed:
+        (first, second) = list_attempts(event)
+        assert first in ((2, "upstream_unreachable", 0), (2, "upstream_connection_lost", 0))
+        assert second == (1, "completed", 200)
+
+
+def test_a_kept_connection_that_is_slow_is_no_stale_one(stack: Stack, hostile: ScriptedUpstream) -> None:
+    """The request is there: sent again, it would be served, and charged for, twice."""
+    hostile.answer = lambda _request: [build_answer(CHAT)]
+    assert send(stack).status == 200
+
+    def hang(_request: bytes) -> Iterator[bytes]:
+        time.sleep(5)
+        yield b""
+
+    hostile.answer = hang  # type: ignore[assignment]
+    got = send(stack)
+    assert (got.status, json.loads(got.body)["error"]["code"]) == (504, "upstream_timeout")
+    assert (len(hostile.requests), hostile.connection_count) == (2, 1)
+    event = wait_for_events(stack.redis, 2)[-1]
+    assert list_attempts(event) == [(1, "upstream_timeout", 0)]
+
+
+def test_attempts_name_the_status_of_their_own_answer(stack: Stack, hostile: ScriptedUpstream) -> None:
+    hostile.answer = lambda _request: [build_answer(b'{"error":{"message":"no","code":"overloaded"}}')]
+    stack.catalog.add_upstream(2, hostile.url + "/v1", kind="openai_compatible", credential_env="NO_SUCH", priority=1)
+    stack.publish()
+    assert send(stack).status == 503
+    (event,) = wait_for_events(stack.redis, 1)
+    assert list_attempts(event) == [(1, "rate_limit_exceeded", 200), (2, "upstream_misconfigured", 0)]
+
+
+def test_a_client_that_leaves_while_we_connect_has_made_no_call(stack: Stack, hostile: ScriptedUpstream) -> None:
+    # Nobody accepts, and the queue is full: the connection comes about when its first packet is repeated.
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    address = listener.getsockname()
+    waiting = [socket.socket() for _ in range(3)]
+    for other in waiting:
+        other.setblocking(False)
+        other.connect_ex(address)
+    stack.catalog.upstreams.clear()
+    stack.catalog.add_upstream(1, f"http://127.0.0.1:{address[1]}/v1", kind="openai_compatible")
+    stack.publish()
+
+    async def leave() -> None:
+        _reader, writer = await asyncio.open_connection("127.0.0.1", stack.gateway.port)
+        writer.write(build_request(stack))
+        await asyncio.sleep(0.3)
+        assert read_holds(stack.redis)["holds"] == 1
+        writer.close()
+
+    asyncio.run(leave())
+    for other in waiting:
+        other.close()
+    listener.settimeout(5)
+    received: list[bytes] = []
+    try:
+        # Until the gateway's own: it says nothing on it.
+        while read_holds(stack.redis)["holds"]:
+            connection, _address = listener.accept()
+            connection.settimeout(0.5)
+            with connection, contextlib.suppress(ConnectionError, TimeoutError):
+                received.append(connection.recv(1_000))
+    finally:
+        listener.close()
+    assert b"".join(received) == b""
+    assert read_holds(stack.redis) == NO_HOLDS
+    time.sleep(0.3)
+    assert read_events(stack.redis) == []
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "stream"])
+def test_an_answer_that_fails_while_it_is_read_on_for_its_count_bills_nothing(
+    stack: Stack, hostile: ScriptedUpstream, is_streamed: bool
+) -> None:
+    stack.catalog.upstreams.clear()
+    stack.catalog.add_upstream(1, hostile.url + "/v1", kind="vllm", on_client_abort="drain")
+    stack.publish()
+    usage = {"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15}
+    chunk = {"id": "c", "choices": [{"index": 0, "delta": {"content": "w"}}], "usage": usage}
+
+    def answer(_request: bytes) -> Iterator[bytes]:
+        if is_streamed:
+            yield b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+            yield b"data: %b\n\n" % json.dumps(chunk).encode()
+        time.sleep(0.6)
+        if is_streamed:
+            yield b'data: {"error":{"message":"engine died","code":500}}\n\n'
+        else:
+            yield b"HTTP/1.1 500 X\r\ncontent-length: 0\r\n\r\n"
+
+    hostile.answer = answer  # type: ignore[assignment]
+
+    async def leave() -> None:
+        _reader, writer = await asyncio.open_connection("127.0.0.1", stack.gateway.port)
+        writer.write(build_request(stack, json.dumps(BODY | {"stream": is_streamed}).encode()))
+        await asyncio.sleep(0.3)
+        writer.close()
+
+    asyncio.run(leave())
+    (event,) = wait_for_events(stack.redis, 1)
+    assert (event.outcome, event.input_tokens, event.output_tokens) == ("upstream_error", 0, 0)
+    (attempt,) = event.attempts
+    assert attempt.status_code == (200 if is_streamed else 500)
+    assert (attempt.exposure_input_tokens, attempt.exposure_output_tokens) == ((11, 4) if is_streamed else (0, 0))
+    assert read_holds(stack.redis) == NO_HOLDS
+
+
+def test_an_answer_in_chunks_of_a_byte_takes_no_more_memory_than_another() -> None:
+    wire = OK + CHUNKED + b"\r\n" + b"1\r\nx\r\n" * 300_000 + b"0\r\n\r\n"
+    upstream = ScriptedUpstream(lambda _request: [wire])
+
+    async def main() -> bytes:
+        pool = UpstreamPool()
+        connection = await pool.connect(parse_origin(upstream.url))
+        connection.send(REQUEST, timeout_s=10)
+        await connection.read_head()
+        body = await connection.read_body(bytes_max=1_000_000)
+        connection.release()
+        await pool.close()
+        return body
+
+    tracemalloc.start()
+    try:
+        assert uvloop.run(main()) == b"x" * 300_000
+        _now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        upstream.close()
+    assert peak < 3_000_000
