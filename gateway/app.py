@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,6 +18,7 @@ import msgspec
 from gateway import idempotency, relay, tokenization
 from gateway.admission import ADMIT, CANCEL, Admission
 from gateway.authentication import Authenticator, check_scope
+from gateway.background import keep_running
 from gateway.calls import Call, read_labels
 from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord
 from gateway.counting import count_live_streams
@@ -199,8 +201,9 @@ class GatewayApp:
 
     def _start_background(self) -> None:
         interval_s = self._settings.lease_s / 3
-        work = (self._publish_metrics(), count_live_streams(self._parts.in_flight, interval_s=interval_s))
-        self._background = [asyncio.get_running_loop().create_task(task) for task in work]
+        count = partial(count_live_streams, self._parts.in_flight, interval_s=interval_s)
+        loop = asyncio.get_running_loop()
+        self._background = [loop.create_task(keep_running(work)) for work in (self._publish_metrics, count)]
 
     async def shutdown(self) -> None:
         """Record what is still running, within a bound, and close."""
@@ -341,13 +344,13 @@ class GatewayApp:
 
     async def _serve_models(self, exchange: Exchange) -> None:
         catalog, caller = exchange.catalog, exchange.caller
-        data = [_describe_model(offer.model) for offer in _list_offers(catalog, caller)]
+        data = [_describe_model(offer.model) for offer in catalog.list_offers(caller)]
         await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode({"object": "list", "data": data}))
 
     async def _serve_model(self, exchange: Exchange) -> None:
         catalog, caller = exchange.catalog, exchange.caller
         name = unquote(exchange.path[len(MODELS_PATH) + 1 :])
-        for offer in _list_offers(catalog, caller):
+        for offer in catalog.list_offers(caller):
             if offer.model.name == name:
                 await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(_describe_model(offer.model)))
                 return
@@ -470,17 +473,6 @@ def _parse_request(exchange: Exchange, endpoint: str) -> CallRequest:
             (b"x-request-id", exchange.call_id.encode()),
         ),
     )
-
-
-def _list_offers(catalog: Catalog, caller: Caller) -> list[Offer]:
-    """Return what the key may use and the tenant's price book sells."""
-    allowed = caller.api_key.served_models
-    return [
-        offer
-        for name, offer in catalog.offers.items()
-        if (allowed is None or name in allowed)
-        and catalog.get_price(caller.tenant.tenant_id, offer.model.served_model_id) is not None
-    ]
 
 
 def _describe_model(model: ServedModelRecord) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.background import keep_running
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
 from gateway.redis_connection import RedisConnection, Script, build_command_head, pack_arguments
 from gateway.snapshot_reader import PartitionKeys, build_partition_keys
@@ -104,7 +105,7 @@ class EventLog:
         self._disk_lock = asyncio.Lock()
         self._spool_task: asyncio.Task[None] | None = None
         self._replay_task: asyncio.Task[None] | None = None
-        self._background = [self._loop.create_task(work) for work in (self._tick(), self.room.watch())]
+        self._background = [self._loop.create_task(keep_running(work)) for work in (self._tick, self.room.watch)]
         redis.add_listener(self)
 
     @property

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from gateway.background import keep_running
 from gateway.errors import RedisReplyError, RedisUnavailableError
 from gateway.redis_connection import RedisConnection
 from gateway.snapshot_reader import Catalog
@@ -41,7 +42,7 @@ class RecordingProbe:
     async def start(self) -> None:
         """Probe once, then for ever."""
         await self._probe()
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task = asyncio.get_running_loop().create_task(keep_running(self._run))
 
     async def close(self) -> None:
         """Stop."""

@@ -185,7 +185,8 @@ class ClusterConnection(RedisConnection):
                 log.warning("lost a master of the Redis Cluster")
             except (TimeoutError, RedisReplyError, RedisUnavailableError) as error:
                 log.debug("cannot reach every master of the Redis Cluster: %s", error)
-            await self._lose()
+            finally:
+                await self._lose()
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, RECONNECT_DELAY_MAX_S)
 
@@ -220,7 +221,6 @@ class ClusterConnection(RedisConnection):
         self._master_of_slot = [masters[address] for address in owners]
         self.is_up = True
         self._came_up.set()
-        self.connects_total += 1
         log.info("connected to %d masters of the Redis Cluster", len(self._masters))
         for listener in self._listeners:
             listener.on_redis_up()

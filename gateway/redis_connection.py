@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import hiredis
 
+from gateway.background import keep_running
 from gateway.errors import RedisReplyError, RedisUnavailableError
 
 log = logging.getLogger("gateway.redis")
@@ -57,7 +58,6 @@ class RedisConnection(asyncio.Protocol):
 
     def __init__(self, url: str, *, timeout_s: float, scripts: tuple[Script, ...] = ()) -> None:
         self.is_up = False
-        self.connects_total = 0
         self._url = urlsplit(url)
         self._timeout_s = timeout_s
         self._scripts = scripts
@@ -83,7 +83,7 @@ class RedisConnection(asyncio.Protocol):
 
     def start(self) -> None:
         """Begin to connect, and to reconnect for ever."""
-        self._task = self._loop.create_task(self._keep_connected())
+        self._task = self._loop.create_task(keep_running(self._keep_connected))
 
     async def wait_up(self, timeout_s: float) -> bool:
         """Return whether the connection came up within `timeout_s`."""
@@ -159,9 +159,9 @@ class RedisConnection(asyncio.Protocol):
                 await self._watch()
             except (OSError, TimeoutError, RedisReplyError, RedisUnavailableError) as error:
                 log.debug("cannot reach the Redis-protocol server: %s", error)
-            if self._transport is not None:
-                self._transport.abort()
-            self._drop()
+            finally:
+                self.break_connection()
+                self._drop()
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, RECONNECT_DELAY_MAX_S)
 
@@ -194,7 +194,6 @@ class RedisConnection(asyncio.Protocol):
                 raise outcome
         self.is_up = True
         self._came_up.set()
-        self.connects_total += 1
         log.info("connected to the Redis-protocol server")
         for listener in self._listeners:
             listener.on_redis_up()

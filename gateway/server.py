@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+from functools import partial
 from typing import Any
 
 import uvicorn
 from uvicorn.server import ServerState
 
 from gateway.app import GatewayApp
+from gateway.background import keep_running
 from gateway.http_server import HttpConnection, watch_time
 from gateway.settings import Settings
 
@@ -57,7 +59,9 @@ class _Server(uvicorn.Server):
         # each burst of calls, costs a twentieth of a call.
         gc.set_threshold(*GC_THRESHOLDS)
         connections: set[Any] = self.server_state.connections
-        self._watcher = asyncio.get_running_loop().create_task(watch_time(lambda: tuple(connections)))
+        self._watcher = asyncio.get_running_loop().create_task(
+            keep_running(partial(watch_time, lambda: tuple(connections)))
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)

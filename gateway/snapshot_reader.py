@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from gateway.background import keep_running
 from gateway.contract.catalog_snapshot import (
     ApiKeyRecord,
     CatalogSnapshot,
@@ -142,6 +143,16 @@ class Catalog:
         tenant = self.tenants.get(tenant_id)
         return None if tenant is None else self.prices.get((tenant.price_book_id, served_model_id))
 
+    def list_offers(self, caller: Caller) -> list[Offer]:
+        """Return what the key may use and the tenant's price book sells."""
+        allowed = caller.api_key.served_models
+        return [
+            offer
+            for name, offer in self.offers.items()
+            if (allowed is None or name in allowed)
+            and self.get_price(caller.tenant.tenant_id, offer.model.served_model_id) is not None
+        ]
+
 
 def build_catalog(snapshot: CatalogSnapshot, *, sandbox_url: str = "") -> Catalog:
     """Return the indexes of `snapshot`; a sandbox upstream without a base URL gets `sandbox_url`.
@@ -223,7 +234,6 @@ class SnapshotReader:
         self, redis: RedisConnection, subscriber: RedisConnection, *, age_max_s: int, sandbox_url: str
     ) -> None:
         self.catalog: Catalog | None = None
-        self.refusals_total = 0
         self._redis = redis
         self._subscriber = subscriber
         self._age_max_s = age_max_s
@@ -247,7 +257,7 @@ class SnapshotReader:
         self._subscriber.add_listener(self)
         self._subscriber.start()
         await self._refresh()
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task = asyncio.get_running_loop().create_task(keep_running(self._run))
 
     async def close(self) -> None:
         """Stop refreshing."""
@@ -288,6 +298,5 @@ class SnapshotReader:
         except (RedisUnavailableError, RedisReplyError):
             return
         except SnapshotDecodeError as error:
-            # The last good one stays in use; its age and this counter raise the alarm.
-            self.refusals_total += 1
+            # The last good one stays in use, and its age raises the alarm.
             log.error("the published catalog snapshot was refused: %s", error)

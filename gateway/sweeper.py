@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from gateway.background import keep_running
 from gateway.calls import Call, HoldRecord, ProgressRecord, build_abandoned_settlement, build_progress
 from gateway.contract.usage_event import get_call_id_ms
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
@@ -61,8 +62,8 @@ class Sweeper:
 
     def start(self) -> None:
         """Begin renewing, sweeping and adopting."""
-        work = (self._renew_for_ever(), self._sweep_for_ever(), self._adopt_for_ever())
-        self._tasks = [self._loop.create_task(task) for task in work]
+        works = (self._renew_for_ever, self._sweep_for_ever, self._adopt_for_ever)
+        self._tasks = [self._loop.create_task(keep_running(work)) for work in works]
 
     async def close(self) -> None:
         """Stop."""
@@ -124,13 +125,18 @@ class Sweeper:
             name = call_id.decode()
             if name in self._in_flight:
                 continue
-            record = msgspec.msgpack.decode(hold, type=HoldRecord)
+            try:
+                record = msgspec.msgpack.decode(hold, type=HoldRecord)
+                counts = msgspec.msgpack.decode(progress, type=ProgressRecord) if progress else None
+            except msgspec.MsgspecError as error:
+                log.error("the hold of call %s cannot be read and stays: %s", name, error)
+                continue
             wanted += compute_call_bytes(record.labels)
             settlements.append(
                 build_abandoned_settlement(
                     name,
                     record,
-                    msgspec.msgpack.decode(progress, type=ProgressRecord) if progress else None,
+                    counts,
                     keys=keys,
                     catalog=catalog,
                 )
@@ -158,10 +164,7 @@ class Sweeper:
     async def _adopt_for_ever(self) -> None:
         while True:
             if self._redis.is_up:
-                try:
-                    await self._adopt_orphans()
-                except OSError as error:
-                    log.error("could not look for the spools of dead processes: %s", error)
+                await self._adopt_orphans()
             await asyncio.sleep(ADOPTION_S)
 
     async def _adopt_orphans(self) -> bool:

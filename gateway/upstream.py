@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from gateway.background import keep_running
 from gateway.errors import UpstreamConnectionError
 from gateway.providers.base import UpstreamRequest
 
@@ -336,7 +337,7 @@ class UpstreamPool:
         self._idle: dict[Origin, deque[UpstreamConnection]] = {}
         self._loop = asyncio.get_running_loop()
         self._tls = ssl.create_default_context()
-        self._task = self._loop.create_task(self._tick())
+        self._task = self._loop.create_task(keep_running(self._tick))
 
     def take(self, origin: Origin) -> UpstreamConnection | None:
         """Return an idle connection, if there is one. The upstream may just have closed it."""

@@ -11,7 +11,6 @@ The deltas of a chain of corrections add up to the last state less the first, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -65,11 +64,6 @@ def compute_deltas(before: CallState | None, after: CallState) -> dict[RollupKey
     if before is not None:
         deltas[before.key] = deltas.get(before.key, UsageSums()) - before.sums
     return {key: sums for key, sums in sorted(deltas.items()) if sums != UsageSums()}
-
-
-def sum_deltas(deltas: Mapping[RollupKey, UsageSums]) -> UsageSums:
-    """Return what all cells together gain."""
-    return sum(deltas.values(), UsageSums())
 
 
 def compute_kind_differences(before: CallState | None, after: CallState) -> dict[TokenKind, int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from gateway import background
 from gateway.calls import HoldRecord
 from gateway.contract.usage_event import UsageEvent, build_call_id, to_wire
 from gateway.snapshot_reader import build_partition_keys
@@ -83,3 +86,40 @@ def test_the_spool_of_a_dead_process_is_replayed_before_its_calls_are_swept(stac
     assert read_superseded(stack.redis) == []
     assert read_holds(stack.redis) == NO_HOLDS
     assert list((gateway_folder / "gateway" / "spool").glob("gw-dead*")) == []
+
+
+def test_a_hold_that_cannot_be_read_stops_no_sweep(stack: Stack) -> None:
+    occurred_at_us = time.time_ns() // 1_000 - 5_000_000
+    call_id = build_call_id(occurred_at_us, bytes(10))
+    # First in its partition, and in the first partition: another program's, or a broken one's.
+    for keys in (build_partition_keys(0), KEYS):
+        stack.redis.hset(keys.holds, "no-call", b"\xc1")
+        stack.redis.zadd(keys.leases, {"no-call": 0, "no-hold": 0})
+    place_expired_hold(stack, call_id, occurred_at_us)
+    (event,) = wait_for_events(stack.redis, 1)
+    assert (event.call_id, event.outcome, event.output_tokens) == (call_id, "abandoned", 0)
+    assert stack.redis.hkeys(KEYS.holds) == [b"no-call"]
+    assert "the hold of call no-call cannot be read and stays" in stack.gateway.read_log()
+
+
+def test_work_that_fails_begins_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(background, "RESTART_S", 0.001)
+    starts = 0
+
+    async def work() -> None:
+        nonlocal starts
+        starts += 1
+        if starts < 3:
+            raise RuntimeError(f"start {starts}")
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        task = asyncio.create_task(background.keep_running(work))
+        while starts < 3:  # noqa: ASYNC110 (as short as the restarts)
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert [record.exc_info[1].args for record in caplog.records] == [("start 1",), ("start 2",)]
