@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @dataclass
 class ReplayingCloud:
-    """Answers each POST with the reply of its path, streamed in small pieces, and keeps the requests."""
+    """Answers each POST with the reply of its path, streamed in small pieces, and keeps the requests.
+
+    `waits`: it says no more after the reply, but does not end it either, until the connection goes.
+    """
 
     port: int = 0
+    waits: bool = False
     replies: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
 
@@ -42,6 +46,11 @@ def run_replaying_cloud(*, piece_bytes: int = 37) -> Iterator[ReplayingCloud]:
             for start in range(0, len(reply), piece_bytes):
                 piece = reply[start : start + piece_bytes]
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            if cloud.waits:
+                self.close_connection = True
+                with suppress(ConnectionError):
+                    self.connection.recv(1)
+                return
             self.wfile.write(b"0\r\n\r\n")
 
         def log_message(self, format: str, *arguments: object) -> None:

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import struct
-import zlib
 
 import pytest
 
@@ -11,6 +9,7 @@ from gateway.providers import get_provider
 from gateway.providers.aws import EventStreamSplitter
 from gateway.providers.base import ReportedUsage, UnsupportedCallError
 from tests.gateway.providers.calls import build_chat_call, build_upstream, cut, get_text, parse_whole, read_stream
+from tests.gateway.providers.event_stream import encode_message
 from tests.gateway.providers.samples import load_sample
 
 UPSTREAM = build_upstream(
@@ -19,21 +18,9 @@ UPSTREAM = build_upstream(
 RECORDED = base64.b64decode(load_sample("aws_eventstream_binary")["sagemaker_invocations_response_stream"])
 
 
-def encode(payload, **headers):
-    """Frame one message, as botocore's decoder takes it (see test_aws)."""
-    headers = headers or {":event-type": "PayloadPart", ":message-type": "event"}
-    block = b"".join(
-        bytes([len(name)]) + name.encode() + b"\7" + struct.pack(">H", len(value)) + value.encode()
-        for name, value in headers.items()
-    )
-    prelude = struct.pack(">II", 16 + len(block) + len(payload), len(block))
-    message = prelude + struct.pack(">I", zlib.crc32(prelude)) + block + payload
-    return message + struct.pack(">I", zlib.crc32(message))
-
-
 def test_own_framing_equals_the_recorded_one():
     first = EventStreamSplitter().split(RECORDED)[0]
-    assert RECORDED.startswith(encode(first.payload, **first.headers))
+    assert RECORDED.startswith(encode_message(first.payload, **first.headers))
 
 
 def test_parts_are_put_together_again():
@@ -76,7 +63,7 @@ def container_stream():
 @pytest.mark.parametrize("part_size", [5, 64, 10_000])
 @pytest.mark.parametrize("read_size", [11, 10_000])
 def test_stream(part_size, read_size):
-    stream = b"".join(encode(part) for part in cut(container_stream(), part_size))
+    stream = b"".join(encode_message(part) for part in cut(container_stream(), part_size))
     chunks, result, is_done = read_stream("sagemaker", cut(stream, read_size), asked=False)
     assert is_done
     assert result.is_complete
@@ -86,11 +73,11 @@ def test_stream(part_size, read_size):
 
 
 def test_exception_in_the_stream():
-    exception = encode(
+    exception = encode_message(
         b'{"Message":"worker died","ErrorCode":"ModelInvocationTimeExceeded"}',
         **{":message-type": "exception", ":exception-type": "ModelStreamError"},
     )
-    _, result, is_done = read_stream("sagemaker", [encode(container_stream()[:40]), exception])
+    _, result, is_done = read_stream("sagemaker", [encode_message(container_stream()[:40]), exception])
     assert is_done
     assert (result.error.status, result.error.message) == (502, "worker died")
     _, result, _ = read_stream("sagemaker", [b"\1" * 40])

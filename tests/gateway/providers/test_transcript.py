@@ -1,0 +1,48 @@
+"""The text of a streamed answer, and its copy for another thread."""
+
+import json
+
+import pytest
+
+from gateway.providers import transcript
+from gateway.providers.base import EmittedChoice, EmittedText
+from gateway.providers.transcript import Transcript
+
+
+def build_frame(delta, finish_reason=None):
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+
+
+TOOL = {"index": 0, "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize("pending_bytes_max", [0, 1 << 16])
+def test_a_copy_has_the_text_so_far_and_nothing_that_comes_later(monkeypatch, pending_bytes_max):
+    """Also of what has been parsed already, as it is of long streams."""
+    monkeypatch.setattr(transcript, "PENDING_BYTES_MAX", pending_bytes_max)
+    original = Transcript()
+    for delta in ({"content": "a"}, {"reasoning": "r"}, {"tool_calls": [TOOL]}):
+        original.add_frames(build_frame(delta))
+    copy = original.copy()
+    original.add_frames(build_frame({"content": "b", "reasoning": "s", "tool_calls": [TOOL]}, "stop"))
+    expected = EmittedChoice(content="a", reasoning="r", tool_calls=(("f", "{}"),))
+    assert copy.build_emitted() == EmittedText((expected,))
+    copy.add_frames(build_frame({"content": "x"}))
+    assert copy.build_emitted().choices[0].content == "ax"
+    expected = EmittedChoice(content="ab", reasoning="rs", tool_calls=(("ff", "{}{}"),), finish_reason="stop")
+    assert original.build_emitted() == EmittedText((expected,))
+
+
+def test_a_copy_of_a_text_that_is_too_long_is_not_countable(monkeypatch):
+    monkeypatch.setattr(transcript, "TEXT_CHARACTERS_MAX", 3)
+    original = Transcript()
+    original.add_frames(build_frame({"content": "abcd"}))
+    original.build_emitted()
+    late = original.copy()
+    original.add_frames(build_frame({"content": "e"}))
+    assert original.build_emitted().is_truncated
+    assert original.copy().build_emitted() == EmittedText((EmittedChoice(content="abcd"),), is_truncated=True)
+    # The bound is a copy's, too.
+    late.add_frames(build_frame({"content": "e"}))
+    assert late.build_emitted().is_truncated
