@@ -26,7 +26,9 @@ from metering.admin_corrections import run_correction
 from metering.corrections import CorrectionKind
 from metering.dead_letters import release_dead_letter, void_dead_letters
 from metering.errors import MeteringError
+from metering.losses import accept_losses, find_acceptance
 from metering.models import (
+    AcceptedLoss,
     ConflictingEvent,
     CorrectionDelta,
     DeadLetter,
@@ -212,24 +214,6 @@ class UsageRollupAdmin(MeteringAdmin):
     ordering = ("-usage_on", "tenant_id", "id")
 
 
-@admin.register(SequenceGap)
-class SequenceGapAdmin(MeteringAdmin):
-    """What has not arrived, and what came late."""
-
-    list_display = ("producer", "partition", "first_seq", "last_seq", "event_count", "noticed_at", "closed_at")
-    list_filter = (("closed_at", admin.EmptyFieldListFilter),)
-    list_select_related = ("producer",)
-    search_fields = ("producer__name",)
-
-    @admin.display(description="partition", ordering="producer__partition")
-    def partition(self, row: SequenceGap) -> int | None:
-        return row.producer.partition
-
-    @admin.display(description="events")
-    def event_count(self, row: SequenceGap) -> int:
-        return row.event_count
-
-
 class DecisionForm(ActionForm):
     """The choice of an action, and why."""
 
@@ -242,6 +226,59 @@ def get_note(model_admin: ModelAdmin, request: HttpRequest) -> str:
     if not note:
         model_admin.message_user(request, "Nothing was done: give a reason, it is kept on record.", messages.ERROR)
     return note
+
+
+@admin.register(SequenceGap)
+class SequenceGapAdmin(MeteringAdmin):
+    """What has not arrived, and what came late. A loss that is final can be accepted, with a reason."""
+
+    list_display = (
+        *("producer", "partition", "first_seq", "last_seq", "event_count", "noticed_at", "closed_at", "acceptance"),
+    )
+    list_filter = (("closed_at", admin.EmptyFieldListFilter),)
+    list_select_related = ("producer",)
+    search_fields = ("producer__name",)
+    readonly_fields = ("acceptance",)
+    action_form = DecisionForm
+    actions = ("accept",)
+
+    @admin.display(description="partition", ordering="producer__partition")
+    def partition(self, row: SequenceGap) -> int | None:
+        return row.producer.partition
+
+    @admin.display(description="events")
+    def event_count(self, row: SequenceGap) -> int:
+        return row.event_count
+
+    @admin.display(description="accepted as lost", empty_value="no")
+    def acceptance(self, row: SequenceGap) -> str | None:
+        loss = find_acceptance(row)
+        return f"by {loss.actor_name} on {loss.accepted_at:%Y-%m-%d %H:%M}: {loss.reason}" if loss else None
+
+    def has_accept_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("metering.add_acceptedloss")
+
+    @admin.action(description="Accept this loss: no alarm any more", permissions=["accept"])
+    def accept(self, request: HttpRequest, queryset: QuerySet[SequenceGap]) -> None:
+        note = get_note(self, request)
+        if not note:
+            return
+        ids = list(queryset.values_list("pk", flat=True))
+        try:
+            losses = accept_losses(ids, actor_name=request.user.get_username(), reason=note)
+        except MeteringError as error:
+            self.message_user(request, f"Nothing was done: {error}.", messages.ERROR)
+        else:
+            count = sum(loss.event_count for loss in losses)
+            self.message_user(request, f"{count:,} events in {len(losses)} gaps are accepted as lost.")
+
+
+@admin.register(AcceptedLoss)
+class AcceptedLossAdmin(MeteringAdmin):
+    """Decisions that events are lost for good."""
+
+    list_display = ("producer", "first_seq", "last_seq", "actor_name", "accepted_at", "reason")
+    list_select_related = ("producer",)
 
 
 class EventBytesAdmin(MeteringAdmin):

@@ -11,6 +11,7 @@ MeteringError
 ├── ExportUnreadableError      an export of raw events is missing or damaged
 ├── ExportBusyError            another export is running
 ├── ExportDifferentError       an export is not what the database holds
+├── SequenceGapError           a gap is not open, or its loss is accepted already
 ├── DeadLetterError            a dead letter is not held, or cannot be read yet
 ├── DigestError                a digest is not what it says, or not signed by whom it should be
 └── CorrectionError            a correction was refused, and nothing of it recorded
@@ -70,6 +71,12 @@ class UsageQuestionError(MeteringError, ValueError):
     def __init__(self, parameter: str, message: str) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class SequenceGapError(MeteringError):
+    """The gap is not open any more, or its loss is accepted already. Nothing was recorded."""
+
+    code = "sequence_gap"
 
 
 class DeadLetterError(MeteringError):

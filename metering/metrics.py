@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from metering.reconciliation.models import ProviderReport
-from metering.selectors import EventCounts, MeteringState, get_metering_state, sum_event_counts
+from metering.selectors import EventCounts, MeteringState, MissingEvents, get_metering_state, sum_event_counts
 from metering.selectors_reconciliation import compute_capture_ratio, list_current_reports
 
 # Reports of the newest months only: an old one says nothing about today.
@@ -36,6 +36,7 @@ def _collect_state(state: MeteringState) -> Iterator[Metric]:
     for name, text, value in (
         ("missing_events", "Events that producers numbered and that have not arrived", state.missing_events),
         ("open_gaps", "Ranges of missing events", state.open_gaps),
+        ("accepted_missing_events", "Missing events whose loss a person accepted", state.accepted_missing_events),
         ("conflicts", "Events whose call id was recorded with other content", state.conflicts),
         ("dead_letters", "Stream entries that could not be read and that nobody has decided on", state.dead_letters),
         ("stream_regressions", "Times that entries came below the cursor of their stream", state.regressions),
@@ -45,17 +46,18 @@ def _collect_state(state: MeteringState) -> Iterator[Metric]:
     for reason, count in state.quarantined_by_reason.items():
         held.add_metric([reason], count)
     yield held
-    yield _collect_gaps(state)
+    yield _collect_gaps("missing", "are missing", state.gaps)
+    yield _collect_gaps("accepted_missing", "are missing, which a person accepted", state.accepted_gaps)
 
 
-def _collect_gaps(state: MeteringState) -> Metric:
+def _collect_gaps(name: str, text: str, listed: Sequence[MissingEvents]) -> Metric:
     """Name the oldest open gaps one by one: a loss is looked for by its producer, its numbers and its time."""
     gaps = GaugeMetricFamily(
-        "tollbook_metering_missing_since_seconds",
-        "When it was noticed that these events of a producer are missing, in seconds since 1970",
+        f"tollbook_metering_{name}_since_seconds",
+        f"When it was noticed that these events of a producer {text}, in seconds since 1970",
         labels=["producer", "partition", "first_seq", "last_seq"],
     )
-    for gap in state.gaps[:_GAPS_MAX]:
+    for gap in listed[:_GAPS_MAX]:
         place = [gap.producer, "" if gap.partition is None else str(gap.partition)]
         gaps.add_metric([*place, str(gap.first_seq), str(gap.last_seq)], int(gap.noticed_at.timestamp()))
     return gaps
@@ -68,6 +70,11 @@ def _collect_counts(counts: EventCounts) -> Iterator[Metric]:
     for state in ("rolled_up", "quarantined", "conflicts", "duplicates", "superseded"):
         states.add_metric([state], getattr(counts, state))
     yield states
+    yield GaugeMetricFamily(
+        "tollbook_metering_unbalanced_hours",
+        "Hours of a tenant in which what was accepted is not in exactly one state",
+        value=counts.unbalanced_hours,
+    )
 
 
 def _collect_reports(reports: list[ProviderReport]) -> Iterator[Metric]:

@@ -16,6 +16,7 @@ from metering.retention.models import DetachedPartition, ExportedDay
 from metering.transaction_ids import Xid8Field
 
 __all__ = [
+    "AcceptedLoss",
     "CatalogSnapshotRecord",
     "ConflictingEvent",
     "CorrectionDelta",
@@ -52,6 +53,7 @@ INSERT_ONLY_TABLES = (
     "metering_reconciliation_finding",
     "metering_exported_day",
     "metering_detached_partition",
+    "metering_accepted_loss",
 )
 
 
@@ -115,7 +117,7 @@ class Producer(models.Model):
 
 
 class SequenceGap(models.Model):
-    """Sequence numbers that a producer used and that have not arrived: a loss until `closed_at` is set."""
+    """Sequence numbers that a producer used and that have not arrived: missing until `closed_at` is set."""
 
     producer = models.ForeignKey(Producer, on_delete=models.PROTECT, related_name="gaps")
     first_seq = models.BigIntegerField()
@@ -135,6 +137,35 @@ class SequenceGap(models.Model):
             models.CheckConstraint(
                 condition=models.Q(first_seq__gte=1, last_seq__gte=models.F("first_seq")),
                 name="metering_gap_bounds",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.first_seq}–{self.last_seq}"
+
+    @property
+    def event_count(self) -> int:
+        return self.last_seq - self.first_seq + 1
+
+
+class AcceptedLoss(models.Model):
+    """A person's decision that the events of a gap are lost for good (see `losses.py`). Insert-only."""
+
+    producer = models.ForeignKey(Producer, on_delete=models.PROTECT, related_name="+")
+    first_seq = models.BigIntegerField()
+    last_seq = models.BigIntegerField(help_text="inclusive")
+    reason = models.CharField(max_length=500)
+    actor_name = models.CharField(max_length=150)
+    accepted_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        db_table = "metering_accepted_loss"
+        ordering = ("-id",)
+        verbose_name_plural = "accepted losses"
+        constraints = [
+            models.UniqueConstraint(fields=("producer", "first_seq", "last_seq"), name="metering_accepted_loss_once"),
+            models.CheckConstraint(
+                condition=~models.Q(reason="") & ~models.Q(actor_name=""), name="metering_accepted_loss_who_and_why"
             ),
         ]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from django.db import connection
-from django.db.models import Count, F, Min, Sum
+from django.db.models import Count, F, Min, QuerySet, Sum
 
+from metering.losses import filter_open_gaps
 from metering.models import (
     ConflictingEvent,
     DeadLetter,
@@ -55,7 +56,8 @@ class MissingEvents:
 
 @dataclass(frozen=True, slots=True)
 class MeteringState:
-    """How metering is doing. `gaps` lists the oldest open ones; `quarantined` counts those still held."""
+    """How metering is doing. `gaps` lists the oldest open ones, without those whose loss a person accepted: these are
+    in `accepted_gaps`. `quarantined` counts those still held."""
 
     streams: list[StreamState] = field(default_factory=list)
     waiting_entries: int = 0
@@ -63,6 +65,8 @@ class MeteringState:
     open_gaps: int = 0
     missing_events: int = 0
     gaps: list[MissingEvents] = field(default_factory=list)
+    accepted_missing_events: int = 0
+    accepted_gaps: list[MissingEvents] = field(default_factory=list)
     quarantined: int = 0
     quarantined_by_reason: dict[str, int] = field(default_factory=dict)
     oldest_held_at: datetime | None = None
@@ -78,7 +82,7 @@ def get_metering_state(*, with_streams: bool = True) -> MeteringState:
     """Return lags, gaps and what waits for a decision; raises redis.RedisError if `with_streams`."""
     partitions = list(StreamPartition.objects.all())
     streams = get_streams().list_states([row.partition for row in partitions]) if with_streams else []
-    open_gaps = SequenceGap.objects.filter(closed_at=None)
+    open_gaps, accepted_gaps = filter_open_gaps(is_accepted=False), filter_open_gaps(is_accepted=True)
     held = QuarantinedEvent.objects.filter(state=QuarantinedEvent.State.HELD).order_by()
     by_reason = dict(held.values_list("reason").annotate(Count("id")).order_by("reason"))
     return MeteringState(
@@ -86,17 +90,10 @@ def get_metering_state(*, with_streams: bool = True) -> MeteringState:
         waiting_entries=sum(state.entry_count for state in streams),
         oldest_age_ms=max((state.oldest_age_ms for state in streams), default=0),
         open_gaps=open_gaps.count(),
-        gaps=[
-            MissingEvents(
-                partition=row.producer.partition,
-                producer=row.producer.name,
-                first_seq=row.first_seq,
-                last_seq=row.last_seq,
-                noticed_at=row.noticed_at,
-            )
-            for row in open_gaps.select_related("producer").order_by("noticed_at", "pk")[:_GAPS_LISTED_MAX]
-        ],
-        missing_events=int(open_gaps.aggregate(n=Sum(F("last_seq") - F("first_seq") + 1))["n"] or 0),
+        gaps=_list_missing(open_gaps),
+        missing_events=_count_missing(open_gaps),
+        accepted_gaps=_list_missing(accepted_gaps),
+        accepted_missing_events=_count_missing(accepted_gaps),
         quarantined_by_reason=by_reason,
         quarantined=sum(by_reason.values()),
         oldest_held_at=held.aggregate(at=Min("quarantined_at"))["at"],
@@ -106,9 +103,27 @@ def get_metering_state(*, with_streams: bool = True) -> MeteringState:
     )
 
 
+def _list_missing(gaps: QuerySet[SequenceGap]) -> list[MissingEvents]:
+    return [
+        MissingEvents(
+            partition=row.producer.partition,
+            producer=row.producer.name,
+            first_seq=row.first_seq,
+            last_seq=row.last_seq,
+            noticed_at=row.noticed_at,
+        )
+        for row in gaps[:_GAPS_LISTED_MAX]
+    ]
+
+
+def _count_missing(gaps: QuerySet[SequenceGap]) -> int:
+    return int(gaps.aggregate(n=Sum(F("last_seq") - F("first_seq") + 1))["n"] or 0)
+
+
 @dataclass(frozen=True, slots=True)
 class EventCounts:
-    """What became of received entries; `accepted = rolled_up + quarantined + conflicts`."""
+    """What became of received entries; `accepted = rolled_up + quarantined + conflicts`, in each hour of a tenant, and
+    `unbalanced_hours` counts those in which that is not so."""
 
     received: int
     accepted: int
@@ -117,6 +132,11 @@ class EventCounts:
     conflicts: int
     duplicates: int
     superseded: int
+    unbalanced_hours: int = 0
+
+
+# The database refuses such a row; who takes its constraint away is found out all the same.
+UNBALANCED_HOUR = "received - duplicates - superseded <> rolled_up + quarantined + conflicts"
 
 
 def sum_event_counts(*, tenant_id: int | None = None) -> EventCounts:
@@ -125,12 +145,13 @@ def sum_event_counts(*, tenant_id: int | None = None) -> EventCounts:
     sums = ", ".join(f"coalesce(sum({column}), 0)::bigint" for column in columns.split(", "))
     with connection.cursor() as cursor:
         cursor.execute(
-            f"SELECT {sums} FROM metering_hourly_count WHERE %(id)s::bigint IS NULL OR tenant_id = %(id)s",
+            f"SELECT {sums}, count(*) FILTER (WHERE {UNBALANCED_HOUR}) FROM metering_hourly_count "
+            "WHERE %(id)s::bigint IS NULL OR tenant_id = %(id)s",
             {"id": tenant_id},
         )
-        received, rolled_up, quarantined, conflicts, duplicates, superseded = cursor.fetchone()
+        received, rolled_up, quarantined, conflicts, duplicates, superseded, unbalanced = cursor.fetchone()
     accepted = received - duplicates - superseded
-    return EventCounts(received, accepted, rolled_up, quarantined, conflicts, duplicates, superseded)
+    return EventCounts(received, accepted, rolled_up, quarantined, conflicts, duplicates, superseded, unbalanced)
 
 
 def get_watermark() -> int:

@@ -21,6 +21,7 @@ from metering.core.windows import compute_call_id_bounds, compute_usage_day, get
 from metering.errors import CatalogMissingError
 from metering.models import CatalogSnapshotRecord
 from metering.retention.reading import create_exported_table, load_exported_days
+from metering.selectors import UNBALANCED_HOUR
 
 DIFFERENCES_MAX = 50
 # No zone is further than this from UTC.
@@ -49,6 +50,8 @@ class VerificationReport:
     events: int = 0
     cells: int = 0
     differences: list[Difference] = field(default_factory=list)
+    # Missing events that are no difference, because a person accepted their loss.
+    accepted_losses: list[Difference] = field(default_factory=list)
 
     @property
     def is_equal(self) -> bool:
@@ -184,6 +187,19 @@ _COUNTS = _Check(
     """,
 )
 
+# The hour's own sum: an entry is in no state, or in two.
+_STATES = _Check(
+    "event_state",
+    f"""
+    SELECT format('tenant %%s, hour %%s', tenant_id, hour),
+        format('accepted %%s = rolled up + quarantined + conflicts', received - duplicates - superseded),
+        format('%%s + %%s + %%s', rolled_up, quarantined, conflicts)
+    FROM metering_hourly_count
+    WHERE hour >= %(first_at)s AND hour < %(end_at)s AND {UNBALANCED_HOUR}
+    ORDER BY tenant_id, hour LIMIT {DIFFERENCES_MAX}
+    """,
+)
+
 _CALL_TIMES = _Check(
     "call_time",
     f"""
@@ -216,17 +232,19 @@ _SEQUENCES = _Check(
     """,
 )
 
-_GAPS = _Check(
-    "missing_events",
-    f"""
+_LIST_GAPS = f"""
     SELECT format('producer %%s, partition %%s', name, coalesce(partition::text, 'none')), 'all events',
         format('seq %%s to %%s missing (%%s events) since %%s', gap.first_seq, gap.last_seq,
             gap.last_seq - gap.first_seq + 1, gap.noticed_at)
     FROM metering_sequence_gap gap JOIN metering_producer producer ON producer.id = gap.producer_id
-    WHERE gap.closed_at IS NULL
+    WHERE gap.closed_at IS NULL AND {{acceptance}} (
+        SELECT FROM metering_accepted_loss loss
+        WHERE loss.producer_id = gap.producer_id AND loss.first_seq <= gap.first_seq AND loss.last_seq >= gap.last_seq
+    )
     ORDER BY gap.noticed_at, gap.id LIMIT {DIFFERENCES_MAX}
-    """,
-)
+    """
+_GAPS = _Check("missing_events", _LIST_GAPS.format(acceptance="NOT EXISTS"))
+_ACCEPTED_LOSSES = _Check("accepted_loss", _LIST_GAPS.format(acceptance="EXISTS"))
 
 _CURSORS = _Check(
     "cursor",
@@ -269,7 +287,7 @@ WHERE event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s
     AND event.usage_on <> (event.occurred_at AT TIME ZONE tenant.zone)::date
 """
 
-_CHECKS = (_ROLLUPS, _CORRECTIONS, _COUNTS, _CALL_TIMES, _SEQUENCES, _GAPS, _CURSORS, _CURSOR_CHAIN)
+_CHECKS = (_ROLLUPS, _CORRECTIONS, _COUNTS, _STATES, _CALL_TIMES, _SEQUENCES, _GAPS, _CURSORS, _CURSOR_CHAIN)
 
 
 def verify_period(
@@ -303,11 +321,16 @@ def verify_period(
         report.events, report.cells = cursor.fetchone()
         for check in _CHECKS:
             progress(check.kind)
-            cursor.execute(check.sql.format(events=events), parameters)
-            report.differences += [Difference(check.kind, *row) for row in cursor.fetchall()]
+            report.differences += _list_differences(cursor, check, events, parameters)
+        report.accepted_losses = _list_differences(cursor, _ACCEPTED_LOSSES, events, parameters)
         progress("usage_day")
         report.differences += _list_wrong_days(cursor, events, parameters)
     return report
+
+
+def _list_differences(cursor: Any, check: _Check, events: str, parameters: dict[str, Any]) -> list[Difference]:
+    cursor.execute(check.sql.format(events=events), parameters)
+    return [Difference(check.kind, *row) for row in cursor.fetchall()]
 
 
 @contextmanager

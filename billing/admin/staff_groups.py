@@ -2,7 +2,7 @@
 
 | group | may |
 |---|---|
-| Finance | see everything; finalize and void invoices, pay, close, correct usage; edit agreements, prices and rates |
+| Finance | see everything; finalize and void invoices, pay, close, correct usage, accept losses; edit terms, prices |
 | Operator | see everything but the audit trail; edit tenants, keys, sources and the catalog; decide on held events |
 | Auditor (read-only) | see everything, change nothing |
 """
@@ -21,6 +21,7 @@ _FINANCE_TABLES = {
     "payable": ("change",),
     "settlementperiod": ("change",),
     "usagecorrection": ("add",),
+    "acceptedloss": ("add",),
     **dict.fromkeys(
         (
             "agreement",

@@ -28,7 +28,8 @@ from metering.core.windows import compute_call_id_bounds
 from metering.errors import ExportBusyError, ExportDifferentError, ExportUnreadableError
 from metering.event_partitions import RETENTION_DAYS_MIN
 from metering.event_rows import EVENT_COLUMNS
-from metering.models import ExportedDay, QuarantinedEvent, SequenceGap
+from metering.losses import filter_open_gaps
+from metering.models import ExportedDay, QuarantinedEvent
 from metering.retention.reading import (
     EXPORTED_TABLE,
     check_file,
@@ -141,13 +142,12 @@ def list_reasons_to_keep(day: date, is_month_closed: Callable[[date], bool]) -> 
     end = start + timedelta(days=1)
     months = sorted({(day + timedelta(days=offset)).replace(day=1) for offset in (-1, 0, 1)})
     reasons = [f"{month:%Y-%m} is not closed" for month in months if not is_month_closed(month)]
-    gaps = SequenceGap.objects.filter(
-        closed_at=None,
+    gaps = filter_open_gaps(is_accepted=False).filter(
         noticed_at__gte=start,
         noticed_at__lt=end + _GAP_DAYS,
         producer__first_seen_at__lt=end + _GAP_DAYS,
     )
-    for gap in gaps.select_related("producer").order_by("noticed_at")[:5]:
+    for gap in gaps[:5]:
         reasons.append(f"{gap.event_count:,} events of {gap.producer} are missing (seq {gap})")
     held = QuarantinedEvent.objects.filter(
         state=QuarantinedEvent.State.HELD, counted_hour__gte=start, counted_hour__lt=end

@@ -1,4 +1,4 @@
-"""The alert rules of deploy/prometheus name metrics, labels and values that a gateway really shows."""
+"""The alert rules of deploy/prometheus name metrics, labels and values that are really shown."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.telemetry import Counter, Histogram, Telemetry
+from metering.metrics import render_metrics
+from metering.models import Producer, SequenceGap
 from tests.fakes.metrics import read_metrics
 from tests.gateway.conftest import Stack
 
@@ -20,8 +23,8 @@ TARGET_LABELS = {"instance", "job"}
 
 
 @pytest.fixture
-def shown(stack: Stack, tmp_path: Path) -> dict[str, set[str]]:
-    """Label names by sample name: gauges as a gateway shows them, the others as the code declares them."""
+def shown(stack: Stack, tmp_path: Path, db: None) -> dict[str, set[str]]:
+    """Label names by sample name: gauges as gateway and metering show them, the others as the code declares them."""
     labels = {
         name: {label for row in rows for label, _value in row}
         for name, rows in read_metrics(stack.gateway).items()
@@ -33,6 +36,10 @@ def shown(stack: Stack, tmp_path: Path) -> dict[str, set[str]]:
             suffixes = ("_bucket", "_sum", "_count") if isinstance(metric, Histogram) else ("",)
             for suffix in suffixes:
                 labels[metric.name + suffix] = names | ({"le"} if suffix == "_bucket" else set())
+    producer = Producer.objects.create(name="gateway-a-0", partition=0, last_seq=1)
+    SequenceGap.objects.create(producer=producer, first_seq=1, last_seq=1)
+    for family in text_string_to_metric_families(render_metrics().decode()):
+        labels[family.name] = {label for sample in family.samples for label in sample.labels}
     return labels
 
 
@@ -43,7 +50,7 @@ def test_every_metric_and_label_of_a_rule_exists(shown: dict[str, set[str]]) -> 
         assert metrics or rule["expr"].startswith("up{"), rule["alert"]
         known = set(TARGET_LABELS)
         for name, selector in metrics:
-            assert name in shown, f"{rule['alert']} names {name}, which no gateway shows"
+            assert name in shown, f"{rule['alert']} names {name}, which nothing shows"
             selected = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
             assert selected <= shown[name] | TARGET_LABELS, (rule["alert"], name, selected)
             known |= shown[name]
@@ -60,10 +67,14 @@ def test_the_values_that_rules_select_exist() -> None:
     assert set(re.findall(r'usage_source="(\w+)"', text)) <= set(UsageSource)
     assert "completed" in set(Outcome)
     assert set(re.findall(r'direction="(\w+)"', text)) == {"over"}
+    assert re.findall(r'\{state=~"([\w|]+)"', text) == ["rolled_up|quarantined|conflicts"]
 
 
 def test_the_configuration_loads_the_rules() -> None:
     configuration = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     assert configuration["rule_files"] == ["alerts.yml"]
-    assert [job["job_name"] for job in configuration["scrape_configs"]] == ["tollbook-gateway"]
-    assert re.findall(r'up\{job="([\w-]+)"\}', (FOLDER / "alerts.yml").read_text()) == ["tollbook-gateway"]
+    assert [job["job_name"] for job in configuration["scrape_configs"]] == ["tollbook-gateway", "tollbook-web"]
+    assert re.findall(r'up\{job="([\w-]+)"\}', (FOLDER / "alerts.yml").read_text()) == [
+        "tollbook-gateway",
+        "tollbook-web",
+    ]

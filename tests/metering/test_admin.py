@@ -8,13 +8,14 @@ from django.apps import apps
 from django.contrib.auth.models import Permission, User
 from django.test import Client
 
-from metering.models import QuarantinedEvent
+from metering.losses import accept_losses
+from metering.models import AcceptedLoss, QuarantinedEvent, SequenceGap
 from metering.services import roll_up
 from tests.metering.builders import build_event, send
 
 TABLES = (
     *("usageevent", "usagerollup", "sequencegap", "quarantinedevent", "conflictingevent", "deadletter"),
-    *("producer", "streampartition", "recording", "hourlycount"),
+    *("producer", "streampartition", "recording", "hourlycount", "acceptedloss"),
 )
 
 
@@ -22,8 +23,10 @@ TABLES = (
 def events(metering: redis.Redis) -> redis.Redis:
     event = build_event(1)
     conflict = build_event(2, call_id=event.call_id, occurred_at_us=event.occurred_at_us)
-    send(metering, [event, conflict, build_event(4), build_event(5, input_tokens=-1), b"poison"], partition=1)
+    events = [event, conflict, build_event(4), build_event(5, input_tokens=-1), build_event(7), b"poison"]
+    send(metering, events, partition=1)
     roll_up()
+    accept_losses([SequenceGap.objects.get(first_seq=6).pk], actor_name="ann", reason="the disk is gone")
     return metering
 
 
@@ -76,3 +79,29 @@ def test_viewer_decides_nothing(events: redis.Redis) -> None:
     assert client.get("/admin/metering/quarantinedevent/").status_code == 200
     post_action(client, "void", "no")
     assert QuarantinedEvent.objects.get().state == "HELD"
+
+
+def accept(client: Client, note: str) -> str:
+    data = {"action": "accept", "note": note, "_selected_action": [SequenceGap.objects.get(first_seq=3).pk]}
+    return client.post("/admin/metering/sequencegap/", data, follow=True).content.decode()
+
+
+def test_loss_is_accepted_with_a_reason_and_shown(events: redis.Redis) -> None:
+    client = log_in()
+    assert "give a reason" in accept(client, " ")
+    assert AcceptedLoss.objects.count() == 1
+    page = accept(client, "its host burnt down")
+    assert "1 events in 1 gaps are accepted as lost." in page
+    assert "its host burnt down" in page
+    loss = AcceptedLoss.objects.get(first_seq=3)
+    assert (loss.last_seq, loss.actor_name, loss.reason) == (3, "sam", "its host burnt down")
+    assert "Nothing was done: the loss of gateway-a-1 3–3 is accepted already." in accept(client, "again")
+    detail = client.get(f"/admin/metering/sequencegap/{SequenceGap.objects.get(first_seq=3).pk}/change/")
+    assert "its host burnt down" in detail.content.decode()
+
+
+def test_viewer_accepts_no_loss(events: redis.Redis) -> None:
+    client = log_in("view_sequencegap")
+    assert client.get("/admin/metering/sequencegap/").status_code == 200
+    accept(client, "no")
+    assert AcceptedLoss.objects.count() == 1

@@ -20,7 +20,7 @@ from tests.metering.builders import build_event, get_us, send
 
 INSERT_ONLY = (
     *("metering_usage_event", "metering_recording", "metering_conflicting_event"),
-    *("metering_superseded_event", "metering_catalog_snapshot"),
+    *("metering_superseded_event", "metering_catalog_snapshot", "metering_accepted_loss"),
 )
 
 
@@ -34,6 +34,10 @@ def recorded(metering: redis.Redis) -> redis.Redis:
         cursor.execute(
             "INSERT INTO metering_superseded_event (producer_id, seq, call_id, body, recording_id) "
             "SELECT id, 1, 'x', '', 1 FROM metering_producer"
+        )
+        cursor.execute(
+            "INSERT INTO metering_accepted_loss (producer_id, first_seq, last_seq, reason, actor_name) "
+            "SELECT id, 1, 1, 'x', 'x' FROM metering_producer"
         )
     return metering
 

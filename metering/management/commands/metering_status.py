@@ -43,5 +43,6 @@ class Command(BaseCommand):
                 f"noticed {gap.noticed_at:%Y-%m-%d %H:%M:%S} UTC"
                 for gap in state.gaps
             ),
+            f"accepted      {state.accepted_missing_events:,} missing events, as lost for good",
         ]
         self.stdout.write("\n".join(lines))

@@ -51,6 +51,8 @@ def _to_text(report: VerificationReport) -> str:
     days = f"from {report.period_start} to {report.period_end}"
     head = f"{report.events:,} events in {report.cells:,} rollup cells {days}"
     if report.is_equal:
-        return f"{head}: rollups, counts, sequences and cursors agree with the raw events."
-    lines = [f"{head}: {len(report.differences)} differences."]
-    return "\n".join(lines + [f"  {difference}" for difference in report.differences])
+        lines = [f"{head}: rollups, counts, sequences and cursors agree with the raw events."]
+    else:
+        lines = [f"{head}: {len(report.differences)} differences.", *(f"  {one}" for one in report.differences)]
+    lines += [f"  accepted as lost: {loss.where}: {loss.found}" for loss in report.accepted_losses]
+    return "\n".join(lines)

@@ -43,7 +43,7 @@ def test_auditor_may_view_all_of_the_house_and_change_nothing(db):
 
 def test_groups_may_write_what_is_theirs(db):
     assert list_writes("Finance") == sorted(
-        ["add_usagecorrection", "change_invoice", "change_payable", "change_settlementperiod"]
+        ["add_acceptedloss", "add_usagecorrection", "change_invoice", "change_payable", "change_settlementperiod"]
         + [
             f"{verb}_{table}"
             for verb in ("add", "change")
