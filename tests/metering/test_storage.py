@@ -107,6 +107,34 @@ def test_two_makers_of_one_partition_make_one(app_connection: psycopg.Connection
         assert second.result(timeout=20) == []
 
 
+def test_second_maker_of_a_day_waits_and_finds_the_partition(
+    metering: redis.Redis, app_connection: psycopg.Connection
+) -> None:
+    create = "SELECT metering_create_event_partition(%s)"
+    day = datetime.now(UTC).date() - timedelta(days=321)
+    info = app_connection.info
+    with psycopg.connect(info.dsn, password=info.password) as other, ThreadPoolExecutor(1) as pool:
+        assert app_connection.execute(create, [day]).fetchone() == (True,)
+        second = pool.submit(lambda: other.execute(create, [day]).fetchone())
+        try:
+            _wait_for_lock(other.info.backend_pid)
+        finally:
+            app_connection.commit()
+        assert second.result(timeout=10) == (False,)
+    with connection.cursor() as cursor:
+        cursor.execute(f"DROP TABLE metering_usage_event_{day:%Y%m%d}")
+
+
+def _wait_for_lock(pid: int) -> None:
+    for _ in range(1_000):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT FROM pg_locks WHERE pid = %s AND NOT granted", [pid])
+            if cursor.rowcount:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"backend {pid} waits for no lock")
+
+
 def test_receipt_reads_one_partition_by_its_key(metering: redis.Redis) -> None:
     start_us = get_us("2026-10-05T00:00:00")
     events = [build_event(seq, occurred_at_us=start_us + seq * 86_400_000_000) for seq in range(1, 6)]
