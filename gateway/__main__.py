@@ -30,12 +30,13 @@ EXIT_CANNOT_START = 3
 RESTART_DELAY_S = 0.2
 RESTART_DELAY_MAX_S = 5.0
 HEALTHY_AFTER_S = 5.0
-BACKLOG = 2_048
+# What a worker may take to record its calls when their time is over.
+STOP_MARGIN_S = 15.0
 PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until SIGTERM or SIGINT; return the exit status."""
+    """Run until SIGTERM or SIGINT, a second one of which ends the calls that still run; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m gateway", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,6 +66,7 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._is_stopping = False
+        self._is_hurried = False
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
         self._started_at: dict[int, float] = {}
         self._delay_s: dict[int, float] = {}
@@ -120,20 +122,27 @@ class Supervisor:
         self._start(worker, port)
 
     def _stop(self, _number: int, _frame: object) -> None:
+        self._is_hurried = self._is_stopping
         self._is_stopping = True
 
     def _finish(self) -> int:
+        """Stop the workers. Their calls may end, while `drain_s` lasts and nobody hurries; then they are recorded."""
+        self._signal_workers(signal.SIGTERM)
+        was_hurried = False
+        deadline = time.monotonic() + self._settings.drain_s + STOP_MARGIN_S
+        while any(process.poll() is None for process in self._workers.values()) and time.monotonic() < deadline:
+            if self._is_hurried and not was_hurried:
+                was_hurried = True
+                self._signal_workers(signal.SIGINT)
+            time.sleep(0.02)
+        self._signal_workers(signal.SIGKILL)
+        statuses = [process.wait() for process in self._workers.values()]
+        # One that was still starting dies of the signal.
+        return max((abs(status) for status in statuses if status != -signal.SIGTERM), default=0)
+
+    def _signal_workers(self, number: signal.Signals) -> None:
         for process in self._workers.values():
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + self._settings.drain_s + 15.0
-        for process in self._workers.values():
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        return max((abs(process.returncode) for process in self._workers.values()), default=0)
+            process.send_signal(number)
 
 
 def _bind(host: str, port: int) -> socket.socket:

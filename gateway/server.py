@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import socket
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -20,7 +22,7 @@ GC_THRESHOLDS = (100_000, 20, 20)
 
 
 def serve(settings: Settings, listener: socket.socket, *, worker: str) -> int:
-    """Serve on `listener` until SIGTERM; return the exit status."""
+    """Serve on `listener` until SIGTERM or SIGINT; return the exit status."""
     HttpConnection.header_bytes_max = settings.header_bytes_max
     HttpConnection.body_bytes_max = settings.request_bytes_max
     HttpConnection.receive_timeout_s = settings.receive_timeout_s
@@ -48,7 +50,21 @@ def serve(settings: Settings, listener: socket.socket, *, worker: str) -> int:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with the tick that cuts off clients which never finish a request."""
+    """uvicorn's server with the tick that cuts off slow clients, and an end that loses nothing.
+
+    SIGTERM and SIGINT let the calls end that run, for `drain_s` at most; what runs longer is stopped and recorded.
+    SIGINT after that stops them now. uvicorn itself would then leave without the application's own shutdown, which
+    records them. A second SIGTERM changes nothing: some send it to the supervisor and to its workers, too.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._is_hurried = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal. uvicorn's own would raise it again at the end, and the process would not end with 0."""
+        self._is_hurried = self._is_hurried or (self.should_exit and sig == signal.SIGINT)
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -66,3 +82,10 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         self._watcher.cancel()
+
+    async def _wait_tasks_to_complete(self) -> None:
+        """Return when all have ended; raises TimeoutError when that must not be waited for: then they are cancelled."""
+        while self.server_state.connections or self.server_state.tasks:
+            if self._is_hurried:
+                raise TimeoutError
+            await asyncio.sleep(0.05)

@@ -226,47 +226,6 @@ def test_a_hanging_redis_is_noticed_and_left_aside(server_folder: Path) -> None:
         stack.stop()
 
 
-def test_sigterm_lets_live_streams_end_and_records_them(down_stack: CrashStack) -> None:
-    stack = down_stack
-
-    async def run() -> Answer:
-        body = BODY | {"stream": True, "chunks": 20, "chunk_delay_ms": 50}
-        call = asyncio.ensure_future(send_call(stack.gateway.port, stack.api_keys[0], body))
-        await asyncio.sleep(0.3)
-        os.kill(stack.gateway.pid, signal.SIGTERM)
-        return await call
-
-    answer = asyncio.run(run())
-    assert answer.is_complete
-    assert b"[DONE]" in answer.body
-    stack.gateway.stop()
-    check_books(stack, 1)
-    assert list_spools(stack) == []
-
-
-def test_the_bound_of_the_drain_records_what_is_known(server_folder: Path) -> None:
-    stack = CrashStack(server_folder)
-    stack.start(workers=1, GATEWAY_DRAIN_S="1")
-    try:
-
-        async def run() -> Answer:
-            body = BODY | {"stream": True, "chunks": 200, "chunk_delay_ms": 50}
-            call = asyncio.ensure_future(send_call(stack.gateway.port, stack.api_keys[0], body))
-            await asyncio.sleep(0.5)
-            os.kill(stack.gateway.pid, signal.SIGTERM)
-            return await call
-
-        answer = asyncio.run(run())
-        assert not answer.is_complete
-        stack.gateway.stop()
-        (event,) = read_events(stack.client)
-        assert (event.outcome, event.usage_source, event.input_tokens) == ("abandoned", "provider_partial", 7)
-        assert 20 <= event.output_tokens <= 45
-        check_books(stack, 1)
-    finally:
-        stack.stop()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
