@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -150,8 +151,8 @@ class ServerProcess:
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, path: str = "/healthz") -> None:
-        """Start, and wait until it answers."""
+    def start(self, *, path: str = "/healthz", timeout_s: float = START_TIMEOUT_S) -> None:
+        """Start, and wait until it answers; where it does not, nothing of it is left."""
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *self._arguments],
@@ -160,15 +161,14 @@ class ServerProcess:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
-            try:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(OSError):
                 if self.fetch(path)[0] == 200:
                     return
-            except OSError:
-                time.sleep(0.02)
+            time.sleep(0.02)
+        if self._process.poll() is None:
+            self.kill()
         raise AssertionError(f"{self._arguments} did not start:\n{self.read_log()}")
 
     @property
@@ -194,7 +194,8 @@ class ServerProcess:
     def kill(self) -> None:
         """SIGKILL the process and its workers at once."""
         for pid in [*self.list_worker_pids(), self.pid]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert self._process is not None
         self._process.wait()
 
