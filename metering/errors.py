@@ -26,6 +26,8 @@ MeteringError
 
 from __future__ import annotations
 
+from datetime import date
+
 
 class MeteringError(Exception):
     """Root of the errors of this package."""
@@ -148,9 +150,14 @@ class ReportFormatError(MeteringError):
 
 
 class ExportUnreadableError(MeteringError):
-    """An export that stands for a detached day cannot be read. The message says which file to bring back."""
+    """An export that stands for a detached day cannot be read. The message, for the operator, says which file to bring
+    back; `day` is what may be told to anybody."""
 
     code = "export_unreadable"
+
+    def __init__(self, message: str, *, day: date) -> None:
+        super().__init__(message)
+        self.day = day
 
 
 class ExportBusyError(MeteringError):

@@ -85,7 +85,7 @@ class ReceiptView(APIView):
     @extend_schema(
         operation_id="getUsageEvent",
         parameters=[CALL_ID],
-        responses={200: ReceiptShown, 401: Problem, 403: Problem, 404: Problem},
+        responses={200: ReceiptShown, 401: Problem, 403: Problem, 404: Problem, 503: Problem},
     )
     def get(self, request: Request, call_id: str) -> HttpResponse:
         """Return the receipt of a call; 404 where the caller has none of it, whoever else may."""

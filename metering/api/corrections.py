@@ -133,7 +133,7 @@ class CorrectionProblem(serializers.Serializer):
 
 _REFUSALS: dict[Any, Any] = {
     400: OpenApiResponse(OpenApiTypes.OBJECT, description="a list of problems for each field"),
-    **dict.fromkeys((401, 403, 404, 409, 422), CorrectionProblem),
+    **dict.fromkeys((401, 403, 404, 409, 422, 503), CorrectionProblem),
 }
 
 

@@ -11,7 +11,7 @@ from rest_framework.exceptions import APIException
 from rest_framework.response import Response
 from rest_framework.views import exception_handler
 
-from metering.errors import CatalogMissingError
+from metering.errors import CatalogMissingError, ExportUnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,13 @@ def handle_exception(error: Exception, context: dict[str, Any]) -> Response | No
         error = NotNowError()
     elif isinstance(error, CatalogMissingError):
         error = NotNowError(str(error), code=error.code)
+    elif isinstance(error, ExportUnreadableError):
+        logger.error("an API request failed: %s", error)  # with the path, which is the operator's to know
+        error = NotNowError(
+            f"the calls of {error.day} are in an export that cannot be read now: ask again later. The operator finds "
+            "in the log of the web process which file to bring back",
+            code=error.code,
+        )
     response = exception_handler(error, context)
     if response is not None and isinstance(response.data, dict) and set(response.data) == {"detail"}:
         response.data["code"] = getattr(response.data["detail"], "code", "error")

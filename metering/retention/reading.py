@@ -28,6 +28,8 @@ CREATE_EXPORTED_TABLE = (
     + ") ON COMMIT DELETE ROWS;"
     "CREATE INDEX IF NOT EXISTS metering_exported_event_call ON pg_temp.metering_exported_event (call_id)"
 )
+# By export: inode, size and time of the file as it was when its hash was found to be right.
+_checked_files: dict[int, tuple[int, int, int]] = {}
 _NAMES = ", ".join(name for name, _ in EVENT_COLUMNS)
 # What to read from instead of the table where rows were loaded.
 ALL_EVENTS = f"""(
@@ -72,6 +74,7 @@ def _list_events(export: ExportedDay, call_ids: Sequence[uuid.UUID]) -> list[dic
 
     from metering.retention import parquet_files
 
+    _check_file_once(export)
     try:
         return parquet_files.list_events(get_export_folder() / export.path, call_ids)
     except (OSError, pyarrow.ArrowException) as error:
@@ -135,6 +138,7 @@ def load_exported_calls(call_ids: Iterable[str]) -> set[str]:
     with connection.cursor() as cursor:
         cursor.execute(f"DELETE FROM {EXPORTED_TABLE}")
         for export in exports:
+            _check_file_once(export)
             copy_into(EXPORTED_TABLE, export, by_day[export.day])
         cursor.execute(f"SELECT call_id::text FROM {EXPORTED_TABLE}")
         return {call_id for (call_id,) in cursor.fetchall()}
@@ -150,6 +154,21 @@ def check_file(export: ExportedDay) -> None:
         raise _build_error(export, ValueError(f"its sha256 is {sha256}"))
 
 
+def _check_file_once(export: ExportedDay) -> None:
+    """Check the file, unless this process did since it was last written: for reads of single events.
+
+    What is read of a damaged file is not only wrong: it can take the process down with it.
+    """
+    try:
+        status = (get_export_folder() / export.path).stat()
+    except OSError as error:
+        raise _build_error(export, error) from error
+    identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+    if _checked_files.get(export.pk) != identity:
+        check_file(export)
+        _checked_files[export.pk] = identity
+
+
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
@@ -160,5 +179,6 @@ def _build_error(export: ExportedDay, error: Exception) -> ExportUnreadableError
     path = get_export_folder() / export.path
     return ExportUnreadableError(
         f"the export {path} of {export.day} cannot be read: {error}. Mount the folder, or bring the file back from a "
-        f"copy (sha256 {export.sha256})."
+        f"copy (sha256 {export.sha256}).",
+        day=export.day,
     )

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -32,6 +32,7 @@ from metering.digests import list_changes, write_digest
 from metering.errors import ExportUnreadableError, UsageQuestionError
 from metering.models import DetachedPartition, ExportedDay, QuarantinedEvent, SequenceGap
 from metering.models import UsageEvent as UsageEventRow
+from metering.retention import reading
 from metering.retention.exporting import RETENTION_FAILPOINTS, DayState, export_old_days
 from metering.selectors import get_usage_event, sum_event_counts
 from metering.services import roll_up
@@ -298,6 +299,78 @@ def test_damaged_file_drops_nothing_and_says_what_to_do(
     path.write_bytes(content)
     assert export()[0] == (FIRST, DayState.EXPORTED, 30)
     assert detached not in list_tables()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the pages of the file, where the library would read on, answer otherwise, or take the process down."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def put_a_folder_there(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flip_a_bit, put_a_folder_there])
+def test_receipt_from_an_unreadable_export_is_503_and_the_log_says_what_to_do(
+    old_days: tuple[redis.Redis, list[UsageEvent]],
+    settings: Any,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+) -> None:
+    export()
+    client = Client()
+    client.force_login(User.objects.create_user("sam", is_staff=True, is_superuser=True))
+    call_id = old_days[1][0].call_id
+    url = f"/api/v1/usage-events/{call_id}"
+    assert get_usage_event(call_id) is not None
+    manifest = ExportedDay.objects.get(day=FIRST)
+    path = settings.METERING_EXPORT_DIR / manifest.path
+    content = path.read_bytes()
+    damage(path)
+    void = {"kind": "void", "call_id": call_id, "reason": "test"}
+    headers = {"Idempotency-Key": "1"}
+    for response in (
+        client.get(url),
+        client.post("/api/v1/usage-corrections", void, content_type="application/json", headers=headers),
+    ):
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+        assert response.json() == {
+            "code": "export_unreadable",
+            "detail": f"the calls of {FIRST} are in an export that cannot be read now: ask again later. The operator "
+            "finds in the log of the web process which file to bring back",
+        }
+    (message, again) = [record.getMessage() for record in caplog.records if record.name == "metering.api.problems"]
+    assert message == again
+    assert message.startswith(f"an API request failed: the export {path} of {FIRST} cannot be read: ")
+    assert message.endswith(f"Mount the folder, or bring the file back from a copy (sha256 {manifest.sha256}).")
+    if path.is_dir():
+        path.rmdir()
+    path.write_bytes(content)
+    assert get_usage_event(call_id) is not None
+
+
+def test_file_is_hashed_once_for_receipts(
+    old_days: tuple[redis.Redis, list[UsageEvent]], settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    hashed = []
+    monkeypatch.setattr(
+        reading, "check_file", lambda export, check=reading.check_file: (hashed.append(1), check(export))
+    )
+    for event in old_days[1][:3]:
+        assert get_usage_event(event.call_id) is not None
+    assert len(hashed) == 1
+    path = settings.METERING_EXPORT_DIR / ExportedDay.objects.get(day=FIRST).path
+    path.write_bytes(path.read_bytes())
+    assert get_usage_event(old_days[1][0].call_id) is not None
+    assert len(hashed) == 2
 
 
 def test_export_that_is_not_the_day_is_not_detached(
