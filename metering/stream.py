@@ -6,6 +6,7 @@ never be ahead of the database.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def connect_redis(url: str, *, timeout_s: float) -> Any:
         return redis.Redis.from_url(url, **options)
     cluster = parse_cluster_url(url)
     try:
-        return redis.RedisCluster(
+        return _Cluster(
             startup_nodes=[ClusterNode(host, port) for host, port in cluster.nodes],
             username=cluster.username or None,
             password=cluster.password or None,
@@ -50,6 +51,21 @@ def connect_redis(url: str, *, timeout_s: float) -> Any:
         )
     except RedisClusterException as error:  # which is no RedisError
         raise redis.ConnectionError(str(error)) from error
+
+
+class _Cluster(redis.RedisCluster):
+    """redis-py's client of a cluster, whose own errors are no RedisError: here they are connection trouble.
+
+    That a slot has no master, or that no node knows one, passes: callers try again, and the nodes are asked anew.
+    """
+
+    def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().execute_command(*args, **kwargs)
+        except RedisClusterException as error:
+            with contextlib.suppress(redis.RedisError, RedisClusterException):
+                self.nodes_manager.initialize()
+            raise redis.ConnectionError(str(error)) from error
 
 
 class UsageStreams:

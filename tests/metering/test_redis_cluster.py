@@ -177,7 +177,46 @@ def check_books(stack: ClusterStack, answers: list[Answer]) -> None:
     assert not SequenceGap.objects.filter(closed_at=None).exists()
 
 
-# The connection alone.
+# The consumer's client alone.
+
+
+def set_slot(cluster: LoopbackCluster, slot: int, *, owner: int | None) -> None:
+    """Take a slot from every node, or give it back to its owner; return when all nodes say so."""
+    for number in range(len(cluster.nodes)):
+        with cluster.connect_node(number) as client:
+            if owner is None:
+                client.execute_command("CLUSTER DELSLOTS", slot)
+            elif number == owner:
+                client.execute_command("CLUSTER ADDSLOTS", slot)
+    state = "fail" if owner is None else "ok"
+    for number in range(len(cluster.nodes)):
+        with cluster.connect_node(number) as client:
+            wait_until(lambda client=client: client.cluster("info")["cluster_state"] == state)
+
+
+def test_slot_without_a_master_is_connection_trouble_and_passes(cluster: LoopbackCluster) -> None:
+    key = get_stream_key(1)
+    slot, owner = compute_slot(get_hash_tag(key.encode())), cluster.find_master(key)
+    streams = UsageStreams(cluster.url)
+    streams.client.delete(key)
+    set_slot(cluster, slot, owner=None)
+    try:
+        with pytest.raises(redis.RedisError):
+            streams.read(1, after=None, count=1)
+        with pytest.raises(redis.RedisError):
+            streams.list_waiting([1])
+    finally:
+        set_slot(cluster, slot, owner=owner)
+    assert streams.read(1, after=None, count=1) == []
+    # What redis-py says of a slot that it has never heard of.
+    del streams.client.nodes_manager.slots_cache[slot]
+    with pytest.raises(redis.ConnectionError, match=f'Slot "{slot}" not covered'):
+        streams.list_waiting([1])
+    assert streams.list_waiting([1]) == []
+    streams.close()
+
+
+# The gateway's connection alone.
 
 
 def run_with_connection(
