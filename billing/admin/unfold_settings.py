@@ -60,6 +60,7 @@ TASKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
             _list("Dead letters", "deadletter", "metering"),
             _list("Conflicts", "conflictingevent", "metering"),
             _list("Provider reports", "providerreport", "metering"),
+            _page("Own counts", "metering_count_drift", "metering.usageevent"),
             _list("Rollups", "usagerollup", "metering"),
             _list("Exports", "exportedday", "metering"),
             _list("Recordings", "recording", "metering"),
@@ -193,6 +194,7 @@ UNFOLD: dict[str, Any] = {
     "STYLES": [lambda request: static("billing/admin.css")],
     "SITE_VIEWS": [
         ("usage/", "billing_usage", "billing.admin.pages.UsageView"),
+        ("own-counts/", "metering_count_drift", "metering.drift_admin.CountDriftView"),
         ("trial-balance/", "billing_trial_balance", "billing.admin.pages.TrialBalanceView"),
     ],
     "DASHBOARD_CALLBACK": "billing.admin.dashboard.build_dashboard",

@@ -18,7 +18,7 @@ from billing.models import (
 from billing.services.api_keys import issue_api_key
 
 TABLES = sorted(admin.site._registry, key=lambda table: table._meta.label)
-PAGES = ("admin:index", "admin:billing_usage", "admin:billing_trial_balance")
+PAGES = ("admin:index", "admin:billing_usage", "admin:metering_count_drift", "admin:billing_trial_balance")
 
 
 def list_name(table):
