@@ -24,13 +24,15 @@ from gateway.providers.base import (
     UpstreamFailure,
     UpstreamRequest,
 )
-from gateway.providers.chat_translation import Chat, TranslatedAnswer, build_result, get_model_name, read_chat
+from gateway.providers.chat_translation import Chat, TranslatedAnswer, Turn, build_result, get_model_name, read_chat
 from gateway.providers.openai_compatible import build_failed_result, join_path
+from gateway.providers.tools import ToolCall, parse_arguments, read_tool_choice, read_tools
 from gateway.providers.transcript import parse_json
 from gateway.providers.translated_stream import TranslatedStreamMeter
 from gateway.providers.upstream_errors import build_invalid_answer, classify_answer, classify_aws_exception
 from gateway.token_usage import believe_usage
 
+_OPTIONS = ("temperature", "top_p", "stop", "tools", "tool_choice")
 _FINISH_REASONS = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -50,7 +52,7 @@ class Bedrock:
 
     def build_request(self, call: CallRequest, upstream: UpstreamRecord, credential: str) -> UpstreamRequest:
         """Return a signed Converse request; raises UnsupportedCallError for what it cannot say."""
-        chat = read_chat(call, kind=self.kind, supported=("temperature", "top_p", "stop"))
+        chat = read_chat(call, kind=self.kind, supported=_OPTIONS)
         body = msgspec.json.encode(_build_body(chat))
         action = "converse-stream" if call.streamed else "converse"
         path = join_path(upstream.base_url, f"/model/{quote(upstream.provider_model, safe='')}/{action}")
@@ -73,7 +75,11 @@ class Bedrock:
         content = message.get("content")
         if not isinstance(answer, dict) or not isinstance(content, list):
             return build_failed_result(build_invalid_answer("The provider's answer has no message."), headers)
-        texts = [block.get("text") for block in content if isinstance(block, dict)]
+        blocks = [block for block in content if isinstance(block, dict)]
+        texts = [block.get("text") for block in blocks]
+        calls = [_read_tool_use(block["toolUse"]) for block in blocks if "toolUse" in block]
+        if None in calls:
+            return build_failed_result(build_invalid_answer("The provider's answer has a broken tool call."), headers)
         usage = read_usage(answer.get("usage"))
         return build_result(
             TranslatedAnswer(
@@ -82,6 +88,7 @@ class Bedrock:
                 text="".join(text for text in texts if isinstance(text, str)),
                 finish_reason=_FINISH_REASONS.get(str(answer.get("stopReason")), "stop"),
                 usage=usage and believe_usage(usage, context_tokens_max=context_tokens_max, choices_count=1),
+                tool_calls=tuple(call for call in calls if call is not None),
             )
         )
 
@@ -97,11 +104,13 @@ class Bedrock:
 
 
 class _ConverseMeter(TranslatedStreamMeter):
-    """Reads messageStart, contentBlockDelta, messageStop, metadata, and exceptions."""
+    """Reads messageStart, contentBlockStart, contentBlockDelta, messageStop, metadata, and exceptions."""
 
     def __init__(self, *, client_asked_usage: bool, context_tokens_max: int, call: CallRequest | None) -> None:
         super().__init__(client_asked_usage=client_asked_usage, context_tokens_max=context_tokens_max, call=call)
         self._splitter = EventStreamSplitter()
+        # The index of a tool call by that of its content block.
+        self._calls: dict[int, int] = {}
 
     def read(self, data: bytes) -> None:
         for event in self._splitter.split(data):
@@ -114,9 +123,10 @@ class _ConverseMeter(TranslatedStreamMeter):
             self.fail(classify_aws_exception(event.exception_type, payload))
             return
         match event.headers.get(":event-type"):
-            case "contentBlockDelta":
-                text = _get_member(payload, "delta").get("text")
-                self.say(text if isinstance(text, str) else "")
+            case "contentBlockStart" if isinstance(payload, dict):
+                self._read_start(payload)
+            case "contentBlockDelta" if isinstance(payload, dict):
+                self._read_delta(payload)
             case "messageStop" if isinstance(payload, dict):
                 self.end(_FINISH_REASONS.get(str(payload.get("stopReason")), "stop"))
             case "metadata" if isinstance(payload, dict):
@@ -124,6 +134,29 @@ class _ConverseMeter(TranslatedStreamMeter):
                 if usage is not None:
                     self.report(usage)
                 self.close()
+
+    def _read_start(self, payload: dict[str, Any]) -> None:
+        start = _get_member(payload, "start")
+        if "toolUse" not in start:
+            return
+        call, block = _read_tool_use(start["toolUse"]), payload.get("contentBlockIndex")
+        if call is None or type(block) is not int:
+            self.fail(build_invalid_answer("The provider's stream has a broken tool call."))
+            return
+        self._calls[block] = self.call_tool(call.identity, call.name)
+
+    def _read_delta(self, payload: dict[str, Any]) -> None:
+        delta = _get_member(payload, "delta")
+        text = delta.get("text")
+        self.say(text if isinstance(text, str) else "")
+        if "toolUse" not in delta:
+            return
+        block, arguments = payload.get("contentBlockIndex"), _get_member(delta, "toolUse").get("input")
+        index = self._calls.get(block) if type(block) is int else None
+        if index is None or not isinstance(arguments, str):
+            self.fail(build_invalid_answer("The provider's stream has a piece of no tool call."))
+            return
+        self.add_arguments(index, arguments)
 
 
 def read_usage(usage: Any) -> ReportedUsage | None:
@@ -142,8 +175,8 @@ def _build_body(chat: Chat) -> dict[str, Any]:
     for turn in chat.turns:
         if turn.role == "system":
             body.setdefault("system", []).append({"text": turn.text})
-        elif turn.role in ("user", "assistant"):
-            body["messages"].append({"role": turn.role, "content": [{"text": turn.text}]})
+        elif turn.role in ("user", "assistant", "tool"):
+            _add_message(body["messages"], turn)
         else:
             raise UnsupportedCallError(f"bedrock upstreams have no role {turn.role!r}")
     settings: dict[str, Any] = {}
@@ -157,7 +190,52 @@ def _build_body(chat: Chat) -> dict[str, Any]:
         settings["stopSequences"] = [stop] if isinstance(stop, str) else stop
     if settings:
         body["inferenceConfig"] = settings
+    if "tools" in chat.options:
+        body["toolConfig"] = _build_tool_config(chat.options)
+    elif "tool_choice" in chat.options:
+        raise UnsupportedCallError("tool_choice needs tools")
     return body
+
+
+def _add_message(messages: list[dict[str, Any]], turn: Turn) -> None:
+    """Add a turn; all results of one answer's tool calls, and what the user says to them, are one message."""
+    role = "assistant" if turn.role == "assistant" else "user"
+    content: list[dict[str, Any]] = []
+    if turn.role == "tool":
+        if not turn.tool_call_id:
+            raise UnsupportedCallError("a message of a tool needs a tool_call_id")
+        content.append({"toolResult": {"toolUseId": turn.tool_call_id, "content": [{"text": turn.text}]}})
+    elif turn.text or not turn.tool_calls:
+        content.append({"text": turn.text})
+    for call in turn.tool_calls:
+        use = {"toolUseId": call.identity, "name": call.name, "input": parse_arguments(call)}
+        content.append({"toolUse": use})
+    if role == "user" and messages and "toolResult" in messages[-1]["content"][0]:
+        messages[-1]["content"] += content
+    else:
+        messages.append({"role": role, "content": content})
+
+
+def _build_tool_config(options: dict[str, Any]) -> dict[str, Any]:
+    specs = []
+    for tool in read_tools(options["tools"]):
+        described = {"description": tool.description} if tool.description else {}
+        specs.append({"toolSpec": {"name": tool.name, **described, "inputSchema": {"json": tool.parameters}}})
+    config: dict[str, Any] = {"tools": specs}
+    if "tool_choice" in options:
+        choice = read_tool_choice(options["tool_choice"])
+        config["toolChoice"] = {"any": {}} if choice.name is None else {"tool": {"name": choice.name}}
+    return config
+
+
+def _read_tool_use(use: Any) -> ToolCall | None:
+    """Return a tool call, its arguments as JSON text; None where it is broken. The start of one has none."""
+    if not isinstance(use, dict):
+        return None
+    identity, name, arguments = use.get("toolUseId"), use.get("name"), use.get("input", {})
+    if not isinstance(identity, str) or not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    return ToolCall(identity, name, msgspec.json.encode(arguments).decode())
 
 
 def _get_member(value: Any, name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from gateway.providers.base import (
     ReportedUsage,
     UnsupportedCallError,
 )
+from gateway.providers.tools import ToolCall, read_tool_calls
 
 # Members that say nothing about the answer itself.
 _NEUTRAL_MEMBERS = frozenset(
@@ -44,10 +45,12 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of plain text."""
+    """One message of plain text, with the tool calls that it asks for, or with the one that it answers."""
 
     role: str
     text: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,10 @@ class Chat:
 
 
 def read_chat(call: CallRequest, *, kind: str, supported: Collection[str]) -> Chat:
-    """Return the request's turns and the options named in `supported`; raises UnsupportedCallError for all else."""
+    """Return the request's turns and the options named in `supported`; raises UnsupportedCallError for all else.
+
+    With `tools` in `supported`, turns may have tool calls.
+    """
     if call.endpoint != "chat.completions":
         raise UnsupportedCallError(f"{kind} upstreams do not serve {call.endpoint}")
     options = {}
@@ -71,14 +77,28 @@ def read_chat(call: CallRequest, *, kind: str, supported: Collection[str]) -> Ch
             raise UnsupportedCallError(f"{kind} upstreams do not support {name!r}")
         options[name] = value
     try:
-        messages = read_messages(call.json)
-        if any(message.get("tool_calls") for message in messages):
-            raise UnsupportedCallError(f"{kind} upstreams do not support tool calls")
-        turns = [Turn(message["role"], read_content(message)) for message in messages]
+        turns = [_read_turn(message) for message in read_messages(call.json)]
     except NotRenderableError as error:
         raise UnsupportedCallError(f"{kind} upstreams take messages of plain text: {error}") from error
+    if "tools" not in supported and any(turn.tool_calls for turn in turns):
+        raise UnsupportedCallError(f"{kind} upstreams do not support tool calls")
+    if "tools" in options:
+        # They are neutral only where there are no tools.
+        for name, value in (("tool_choice", "none"), ("parallel_tool_calls", False)):
+            if call.json.get(name) == value:
+                raise UnsupportedCallError(f"{kind} upstreams do not support {name!r} as it is here")
     limits = [limit for name in ("max_tokens", "max_completion_tokens") if type(limit := call.json.get(name)) is int]
     return Chat(turns, min(limits) if limits else None, options)
+
+
+def _read_turn(message: dict[str, Any]) -> Turn:
+    answered = message.get("tool_call_id")
+    return Turn(
+        message["role"],
+        read_content(message),
+        tool_calls=read_tool_calls(message),
+        tool_call_id=answered if isinstance(answered, str) else "",
+    )
 
 
 def get_model_name(call: CallRequest | None) -> str:
@@ -96,12 +116,21 @@ class TranslatedAnswer:
     text: str
     finish_reason: str
     usage: ReportedUsage | None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def build_result(answer: TranslatedAnswer) -> CallResult:
     """Return the result of a whole answer with its body in OpenAI's shape."""
-    emitted = EmittedText((EmittedChoice(content=answer.text, finish_reason=answer.finish_reason),))
-    message = {"role": "assistant", "content": answer.text}
+    calls = answer.tool_calls
+    choice = EmittedChoice(
+        content=answer.text,
+        tool_calls=tuple((call.name, call.arguments) for call in calls),
+        finish_reason=answer.finish_reason,
+    )
+    emitted = EmittedText((choice,))
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+    if calls:
+        message |= {"content": answer.text or None, "tool_calls": [call.to_openai() for call in calls]}
     body: dict[str, Any] = {
         "id": answer.identity,
         "object": "chat.completion",
@@ -110,7 +139,7 @@ def build_result(answer: TranslatedAnswer) -> CallResult:
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}],
     }
     usage = answer.usage
-    if usage is not None and usage.output_tokens == 0 and answer.text:
+    if usage is not None and usage.output_tokens == 0 and not emitted.is_empty:
         usage = None
     if usage is not None:
         body["usage"] = build_openai_usage(usage)

@@ -1,7 +1,8 @@
 """The meter of a stream that is not OpenAI's: events in, chunks of OpenAI's shape out.
 
 A provider derives from TranslatedStreamMeter, cuts its framing into events and says what each event means:
-`say` text, `report` running usage, `end` with a reason, `fail`, and `close` when nothing more can come.
+`say` text, `call_tool` and `add_arguments`, `report` running usage, `end` with a reason, `fail`, and `close` when
+nothing more can come.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gateway.providers.base import (
     UpstreamFailure,
 )
 from gateway.providers.chat_translation import build_openai_usage, get_model_name
+from gateway.providers.tools import ToolCall
 from gateway.providers.transcript import TEXT_CHARACTERS_MAX
 from gateway.providers.upstream_errors import build_invalid_answer
 from gateway.sse import build_frame
@@ -42,6 +44,7 @@ class TranslatedStreamMeter(ABC):
         self._model = get_model_name(call)
         self._created_s = int(time.time())
         self._texts: list[str] = []
+        self._tool_calls: list[tuple[str, list[str]]] = []
         self._text_characters = 0
         self._reported_characters = -1
         self._finish_reason = ""
@@ -85,20 +88,29 @@ class TranslatedStreamMeter(ABC):
         return partial(
             _build_emitted,
             self._texts.copy(),
+            [(name, arguments.copy()) for name, arguments in self._tool_calls],
             finish_reason=self._finish_reason,
             is_truncated=self._text_characters > TEXT_CHARACTERS_MAX,
         )
 
     def say(self, text: str) -> None:
         """Send text to the client."""
-        if not text or self.is_done:
-            return
-        if not self._text_characters:
-            self._add_chunk([_build_choice({"role": "assistant", "content": ""})])
-        self._text_characters += len(text)
-        if self._text_characters <= TEXT_CHARACTERS_MAX:
-            self._texts.append(text)
-        self._add_chunk([_build_choice({"content": text})])
+        if text:
+            self._emit(text, self._texts, {"content": text})
+
+    def call_tool(self, identity: str, name: str) -> int:
+        """Begin a tool call; return its index."""
+        index = len(self._tool_calls)
+        self._tool_calls.append((name, []))
+        call = ToolCall(identity, name, "").to_openai()
+        self._emit(name, [], {"tool_calls": [{"index": index, **call}]})
+        return index
+
+    def add_arguments(self, index: int, text: str) -> None:
+        """Send a piece of the JSON text of a tool call's arguments."""
+        if text:
+            piece = {"index": index, "function": {"arguments": text}}
+            self._emit(text, self._tool_calls[index][1], {"tool_calls": [piece]})
 
     def report(self, usage: ReportedUsage) -> None:
         """Take running or final usage, if it is believable: it covers all text so far."""
@@ -127,6 +139,17 @@ class TranslatedStreamMeter(ABC):
             self._add_chunk([], usage=build_openai_usage(usage))
         self._has_end = self.is_done = True
 
+    def _emit(self, text: str, texts: list[str], delta: dict[str, Any]) -> None:
+        """Send a delta and keep its text in `texts`, as far as there is room."""
+        if self.is_done:
+            return
+        if not self._text_characters:
+            self._add_chunk([_build_choice({"role": "assistant", "content": ""})])
+        self._text_characters += len(text)
+        if self._text_characters <= TEXT_CHARACTERS_MAX:
+            texts.append(text)
+        self._add_chunk([_build_choice(delta)])
+
     def _settle_usage(self) -> ReportedUsage | None:
         usage = self.last_usage
         if usage is None or self._reported_characters != self._text_characters:
@@ -147,8 +170,15 @@ class TranslatedStreamMeter(ABC):
         self._frames.append(build_frame(msgspec.json.encode(chunk)))
 
 
-def _build_emitted(texts: list[str], *, finish_reason: str, is_truncated: bool) -> EmittedText:
-    return EmittedText((EmittedChoice(content="".join(texts), finish_reason=finish_reason),), is_truncated=is_truncated)
+def _build_emitted(
+    texts: list[str], tool_calls: list[tuple[str, list[str]]], *, finish_reason: str, is_truncated: bool
+) -> EmittedText:
+    choice = EmittedChoice(
+        content="".join(texts),
+        tool_calls=tuple((name, "".join(arguments)) for name, arguments in tool_calls),
+        finish_reason=finish_reason,
+    )
+    return EmittedText((choice,), is_truncated=is_truncated)
 
 
 def _build_choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

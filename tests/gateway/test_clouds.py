@@ -12,6 +12,7 @@ import pytest
 from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds
 from tests.fakes.replaying_cloud import ReplayingCloud, run_replaying_cloud
 from tests.gateway.conftest import Stack
+from tests.gateway.providers.recorded_streams import RECORDINGS
 from tests.gateway.providers.samples import load_sample
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -104,3 +105,32 @@ def test_what_a_cloud_cannot_express_is_refused(stack: Stack, cloud: ReplayingCl
     with pytest.raises(openai.BadRequestError, match="do not support 'max_tokens'"):
         client.chat.completions.create(model=MODEL, messages=HI, max_tokens=5)
     assert cloud.requests == []
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_tools_over_bedrock(stack: Stack, cloud: ReplayingCloud, streamed: bool) -> None:
+    sample = load_sample("bedrock_converse_tools")
+    kind, base_path, path = BEDROCK
+    client = use(stack, cloud, kind, base_path)
+    cloud.replies[path] = ("application/json", json.dumps(sample["body"]).encode())
+    recording = RECORDINGS["bedrock, tools"]
+    cloud.replies[path + "-stream"] = (recording.content_type, recording.stream)
+    spec = sample["request"]["toolConfig"]["tools"][0]["toolSpec"]
+    function = {"name": spec["name"], "description": spec["description"], "parameters": spec["inputSchema"]["json"]}
+    arguments = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is the most popular song on WZPZ?"}],
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": {"type": "function", "function": {"name": "top_song"}},
+    }
+    if streamed:
+        with client.chat.completions.stream(**arguments) as events:
+            answer = events.get_final_completion()
+    else:
+        answer = client.chat.completions.create(**arguments)
+    assert json.loads(cloud.requests[0][2]) == sample["request"]
+    assert answer.choices[0].finish_reason == "tool_calls"
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.id, call.function.name) == ("tooluse_hbTgdi0CSLq_hM4P8csZJA", "top_song")
+    assert json.loads(call.function.arguments) == {"sign": "WZPZ"}
+    assert read_counts(stack) == ("provider_final", 410, 25)

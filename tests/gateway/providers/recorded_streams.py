@@ -1,4 +1,4 @@
-"""A recorded stream of each kind, message by message, with the bill of a client that leaves right after it.
+"""Recorded streams of each kind, message by message, with the bill of a client that leaves right after it.
 
 Bills are known by hand: what the provider says where it says it, else our own count: 11 tokens for "Hi", one for each
 word below (three for " Zürich"), and one for the end of a turn. The documented samples are used where there are any.
@@ -161,6 +161,20 @@ def list_bedrock_steps() -> Iterator[Step]:
     yield Step(metadata, "provider_final", 22, 16)
 
 
+def list_bedrock_tool_steps() -> Iterator[Step]:
+    """A tool call counts as the text by which Llama calls it: 12, 14 and 19 tokens as its arguments come."""
+    *events, metadata = load_sample("bedrock_converse_tools")["events"]
+    for event, output_tokens in zip(events, (0, 1, 1, 13, 15, 20, 20, 21), strict=True):
+        yield counted(encode_event(event), output_tokens)
+    yield Step(encode_event(metadata), "provider_final", 410, 25)
+
+
+def encode_event(event: dict[str, Any]) -> bytes:
+    """Frame an event of a sample."""
+    headers = {":event-type": event[":event-type"], ":message-type": "event"}
+    return encode_message(json.dumps(event["payload"]).encode(), **headers)
+
+
 def split_event_stream(stream: bytes) -> list[bytes]:
     """Return the messages of an AWS event stream: each begins with its own length."""
     messages = []
@@ -177,6 +191,7 @@ def record(steps: Iterable[Step], **fields: Any) -> Recording:
 
 
 _AWS = "application/vnd.amazon.eventstream"
+# By kind, and more of it after a comma.
 RECORDINGS = {
     "openai_compatible": record(list_openai_steps()),
     "vllm": record(list_vllm_steps()),
@@ -186,5 +201,6 @@ RECORDINGS = {
     "bailian": record(list_bailian_steps()),
     "qianfan_v1": record(list_qianfan_steps()),
     "bedrock": record(list_bedrock_steps(), content_type=_AWS, base_path=""),
+    "bedrock, tools": record(list_bedrock_tool_steps(), content_type=_AWS, base_path=""),
     "sagemaker": record(list_sagemaker_steps(), content_type=_AWS, base_path=""),
 }

@@ -24,6 +24,10 @@ def _frozen_clock() -> None:
         yield
 
 
+def get_kind(name: str) -> str:
+    return name.partition(",")[0]
+
+
 def read(kind: str, request: CallRequest, data: bytes) -> tuple[bytes, CallResult]:
     meter = get_provider(kind).open_stream(client_asked_usage=True, context_tokens_max=8192, call=request)
     relayed = meter.feed(data)
@@ -44,12 +48,12 @@ async def bill(request: CallRequest, result: CallResult) -> Verdict:
 
 
 def test_each_kind_has_a_recording() -> None:
-    assert sorted(RECORDINGS) == list_provider_kinds()
+    assert {get_kind(name) for name in RECORDINGS} == set(list_provider_kinds())
 
 
-@pytest.mark.parametrize("kind", list_provider_kinds())
-def test_a_stream_cut_at_any_byte_is_a_prefix_and_is_billed_what_was_said(kind: str) -> None:
-    recording = RECORDINGS[kind]
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_a_stream_cut_at_any_byte_is_a_prefix_and_is_billed_what_was_said(name: str) -> None:
+    kind, recording = get_kind(name), RECORDINGS[name]
     request = build_chat_call(streamed=True, asked=True, stream=True, **recording.members)
     stream = recording.stream
     whole, _ = read(kind, request, stream)
@@ -75,9 +79,9 @@ def test_a_stream_cut_at_any_byte_is_a_prefix_and_is_billed_what_was_said(kind: 
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("kind", list_provider_kinds())
-def test_a_stream_is_the_same_whatever_the_network_makes_of_it(kind: str) -> None:
-    recording = RECORDINGS[kind]
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_a_stream_is_the_same_whatever_the_network_makes_of_it(name: str) -> None:
+    kind, recording = get_kind(name), RECORDINGS[name]
     request = build_chat_call(streamed=True, asked=True, stream=True, **recording.members)
     whole, expected = read(kind, request, recording.stream)
     meter = get_provider(kind).open_stream(client_asked_usage=True, context_tokens_max=8192, call=request)
