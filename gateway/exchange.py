@@ -153,3 +153,33 @@ class Exchange:
             lines.append(b"connection: close\r\n")
         lines.append(b"x-request-id: %b\r\n%b\r\n" % (self.call_id.encode(), framing))
         return b"".join(lines)
+
+
+class ExchangeLayer(Exchange):
+    """Lies over another exchange, `inner`, which sends: what it is given is changed on its way, or kept."""
+
+    __slots__ = ("_inner", "keeps_answer")
+
+    def __init__(self, inner: Exchange) -> None:
+        for name in Exchange.__slots__:
+            setattr(self, name, getattr(inner, name))
+        self.keeps_answer = inner.keeps_answer
+        self._inner = inner
+
+    async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """Answer with a whole body; see Exchange."""
+        await self._inner.send_whole(status, headers, body)
+        self.has_started = True
+
+    def start_stream(self, headers: Headers) -> None:
+        """Begin the stream; see Exchange."""
+        self._inner.start_stream(headers)
+        self.has_started = True
+
+    def send_chunk(self, data: bytes) -> None:
+        """Send a piece of a stream at once."""
+        self._inner.send_chunk(data)
+
+    async def finish_stream(self, data: bytes) -> None:
+        """Send the last piece and end the answer."""
+        await self._inner.finish_stream(data)

@@ -10,7 +10,7 @@ call has ended and before the client sees the last byte, the reservation is repl
 | failed and billed nothing | is a new call |
 | was answered with more bytes than are stored | 409 `idempotent_answer_not_stored`; its message names the call billed |
 | was left by its client | 409 `idempotent_call_aborted`; where the upstream drains, the whole answer |
-| died with its gateway | 409 until the lease has run out, then a new call |
+| died with its gateway, or that was cut off from Redis | 409 until the lease has run out, then a new call |
 Another endpoint or body under the same key is 422 `idempotency_key_reused`. Keys are those of one API key.
 
 A new call after a dead gateway is billed in addition to what the sweeper recorded of the first one: its last known
@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import zlib
 from collections.abc import Awaitable, Callable
 
@@ -32,8 +33,8 @@ from gateway.admission import NO_RETRY
 from gateway.calls import Call
 from gateway.contract.token_kind import Outcome
 from gateway.errors import SERVER, GatewayError, RedisReplyError, RedisUnavailableError
-from gateway.exchange import Exchange, Headers
-from gateway.redis_connection import RedisConnection, Script
+from gateway.exchange import Exchange, ExchangeLayer, Headers
+from gateway.redis_connection import CONNECT_TIMEOUT_S, RECONNECT_DELAY_MAX_S, RedisConnection, Script
 from gateway.settings import Settings
 from gateway.telemetry import Telemetry
 
@@ -43,8 +44,12 @@ IDEMPOTENCY = Script("idempotency")
 HEADER = b"idempotency-key"
 KEY_LENGTH_MAX = 255
 REPLAY_PIECE_BYTES = 64 * 1024
-# Larger bodies are compressed and decompressed off the event loop.
+# What is more is compressed and decompressed off the event loop.
 BYTES_ON_LOOP_MAX = 32 * 1024
+# After an outage of Redis, which reservations may not have survived: by then whoever lives has renewed its own.
+RENEWAL_WAIT_S = CONNECT_TIMEOUT_S + RECONNECT_DELAY_MAX_S
+# Calls with a key that run, or whose last word Redis has not acknowledged. About a kilobyte each, without answers.
+CLAIMS_MAX = 16_384
 # Answers that wait for Redis to come back; beyond it their keys say that the answer was not stored.
 WAITING_BYTES_MAX = 64 * 1024 * 1024
 
@@ -105,6 +110,9 @@ class Idempotency:
         self._loop = asyncio.get_running_loop()
         # Keys of running calls, and of ended ones whose last word Redis has not acknowledged; by call id.
         self._claims: dict[str, _Claim] = {}
+        self._waiting_bytes = 0
+        self._was_down = False
+        self._reserve_from = 0.0
         self._timer: asyncio.TimerHandle | None = None
         redis.add_listener(self)
 
@@ -130,23 +138,35 @@ class Idempotency:
     # ConnectionListener
 
     def on_redis_up(self) -> None:
-        """Renew and fill at once: leases ran out meanwhile."""
-        for claim in tuple(self._claims.values()):
-            self._push(claim)
+        """Renew and fill at once: leases ran out meanwhile. Reserve only when the others have had the time to."""
+        if self._was_down:
+            self._reserve_from = self._loop.time() + RENEWAL_WAIT_S
+        self._push_all()
 
     def on_redis_down(self) -> None:
-        """Nothing to do: what is unacknowledged is kept."""
+        """What is unacknowledged is kept."""
+        self._was_down = True
 
     # Claims
 
+    def _push_all(self) -> None:
+        for claim in tuple(self._claims.values()):
+            self._push(claim)
+
     async def _reserve(self, claim: _Claim) -> Kept | None:
+        wait_s = self._reserve_from - self._loop.time()
+        if not self._redis.is_up or wait_s > 0 or len(self._claims) >= CLAIMS_MAX:
+            raise _build_unavailable(retry_after_s=max(1, math.ceil(wait_s)))
         self._claims[claim.call_id] = claim
         self._schedule()
         try:
             reply = await self._push(claim)
-        except (RedisUnavailableError, RedisReplyError) as error:
+        except RedisUnavailableError as error:
             # The reply may have been lost: the key is freed as soon as Redis is back.
             claim.value, claim.is_final = b"", True
+            raise _build_unavailable() from error
+        except RedisReplyError as error:
+            del self._claims[claim.call_id]
             raise _build_unavailable() from error
         if reply is None:
             return None
@@ -158,8 +178,9 @@ class Idempotency:
         """Keep the last word on `claim`; where Redis is away, it is sent when Redis is back."""
         claim.value = b"" if kept is None else msgspec.msgpack.encode(kept)
         claim.is_final = True
-        if sum(len(other.value) for other in self._claims.values()) > WAITING_BYTES_MAX:
+        if self._waiting_bytes + len(claim.value) > WAITING_BYTES_MAX:
             claim.value = msgspec.msgpack.encode(_build_not_stored(claim, "too many answers were waiting to be stored"))
+        self._waiting_bytes += len(claim.value)
         try:
             await self._push(claim)
         except (RedisUnavailableError, RedisReplyError) as error:
@@ -175,8 +196,8 @@ class Idempotency:
                 return
             error = done.exception()
             if error is None:
-                if claim.is_final and claim.value is value:
-                    self._claims.pop(claim.call_id, None)
+                if claim.is_final and claim.value is value and self._claims.pop(claim.call_id, None) is not None:
+                    self._waiting_bytes -= len(value)
             elif str(error).startswith("NOSCRIPT"):
                 self._redis.break_connection()
 
@@ -192,7 +213,7 @@ class Idempotency:
         if self._claims:
             self._schedule()
         if self._redis.is_up:
-            self.on_redis_up()
+            self._push_all()
 
     # Answers
 
@@ -207,7 +228,9 @@ class Idempotency:
             call_id=claim.call_id,
             status=status,
             headers=tuple(headers),
-            body=await _run_sized(zlib.compress, body, bytes_count=len(body)),
+            body=zlib.compress(body)
+            if len(body) <= BYTES_ON_LOOP_MAX
+            else await asyncio.to_thread(zlib.compress, body),
             is_stream=answer.is_stream,
         )
 
@@ -228,7 +251,7 @@ class Idempotency:
             )
         if isinstance(kept, LostAnswer):
             raise GatewayError(409, kept.code, kept.message, headers=(NO_RETRY,))
-        body = await _run_sized(zlib.decompress, kept.body, bytes_count=len(kept.body))
+        body = await inflate(kept.body)
         exchange.call_id = kept.call_id
         headers = (*kept.headers, (b"idempotency-replayed", b"true"))
         self._telemetry.answers_replayed.add()
@@ -245,16 +268,14 @@ class Idempotency:
 StoreAnswer = Callable[["RecordingExchange", int, Headers], Awaitable[None]]
 
 
-class RecordingExchange(Exchange):
+class RecordingExchange(ExchangeLayer):
     """An exchange that keeps, bounded, what its client is sent, and has it stored before the last byte."""
 
     __slots__ = ("_bytes_max", "_parts", "_size", "_store", "_stream_headers", "is_stream")
 
-    keeps_answer = True
-
     def __init__(self, exchange: Exchange, *, bytes_max: int, store: StoreAnswer) -> None:
-        for name in Exchange.__slots__:
-            setattr(self, name, getattr(exchange, name))
+        super().__init__(exchange)
+        self.keeps_answer = True
         self.is_stream = False
         self._bytes_max = bytes_max
         self._store = store
@@ -326,15 +347,20 @@ def _build_aborted(claim: _Claim) -> LostAnswer:
     return LostAnswer(claim.fingerprint, claim.call_id, "idempotent_call_aborted", message)
 
 
-def _build_unavailable() -> GatewayError:
+def _build_unavailable(*, retry_after_s: int = 1) -> GatewayError:
     return GatewayError(
         503,
         "idempotency_unavailable",
         "An Idempotency-Key cannot be honoured at the moment, so the call was not forwarded. Please retry.",
         type=SERVER,
-        headers=((b"retry-after", b"1"),),
+        headers=((b"retry-after", b"%d" % retry_after_s),),
     )
 
 
-async def _run_sized(work: Callable[[bytes], bytes], data: bytes, *, bytes_count: int) -> bytes:
-    return work(data) if bytes_count <= BYTES_ON_LOOP_MAX else await asyncio.to_thread(work, data)
+async def inflate(data: bytes) -> bytes:
+    """Return what was deflated; off the event loop what is large, as a few bytes may be the whole of a large answer."""
+    inflater = zlib.decompressobj()
+    body = inflater.decompress(data, BYTES_ON_LOOP_MAX)
+    if inflater.eof:
+        return body
+    return body + await asyncio.to_thread(inflater.decompress, inflater.unconsumed_tail)

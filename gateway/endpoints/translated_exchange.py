@@ -15,7 +15,7 @@ from gateway.endpoints.dialect import Answering, AnswerNotTranslatableError, Dia
 from gateway.endpoints.messages import Messages
 from gateway.endpoints.responses import Responses
 from gateway.errors import GatewayError, UpstreamConnectionError
-from gateway.exchange import Exchange, Headers
+from gateway.exchange import Exchange, ExchangeLayer, Headers
 from gateway.providers.base import CallRequest, ReportedUsage
 from gateway.providers.transcript import parse_json
 
@@ -43,16 +43,13 @@ def send_error(exchange: Exchange, error: GatewayError) -> None:
         exchange.send_error(error, dialect.build_error(error, request_id=call_id), _build_id_headers(dialect, call_id))
 
 
-class TranslatedExchange(Exchange):
+class TranslatedExchange(ExchangeLayer):
     """What the relay answers a call on: `inner` sends, or also keeps, what comes out of the translation."""
 
-    __slots__ = ("_answering", "_dialect", "_id_headers", "_inner", "_stream", "keeps_answer")
+    __slots__ = ("_answering", "_dialect", "_id_headers", "_stream")
 
     def __init__(self, inner: Exchange, call: Call, *, dialect: Dialect, asked: dict[str, Any]) -> None:
-        for name in Exchange.__slots__:
-            setattr(self, name, getattr(inner, name))
-        self.keeps_answer = inner.keeps_answer
-        self._inner = inner
+        super().__init__(inner)
         self._dialect = dialect
         self._answering = _build_answering(call, asked)
         self._id_headers = _build_id_headers(dialect, call.call_id)
@@ -60,15 +57,13 @@ class TranslatedExchange(Exchange):
 
     async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Answer with a whole chat completion, translated."""
-        self.has_started = True
         kept = (header for header in headers if header[0] != b"content-type")
         body = self._dialect.build_answer(parse_json(body), self._answering)
-        await self._inner.send_whole(status, [_JSON, *kept, *self._id_headers], body)
+        await super().send_whole(status, [_JSON, *kept, *self._id_headers], body)
 
     def start_stream(self, headers: Headers) -> None:
         """Begin the stream; see Exchange."""
-        self.has_started = True
-        self._inner.start_stream([*headers, *self._id_headers])
+        super().start_stream([*headers, *self._id_headers])
 
     def send_chunk(self, data: bytes) -> None:
         """Send what frames of a chat stream mean; raises UpstreamConnectionError where they cannot be said."""
@@ -77,11 +72,11 @@ class TranslatedExchange(Exchange):
         except AnswerNotTranslatableError as error:
             raise UpstreamConnectionError(error.code, str(error)) from error
         if events:
-            self._inner.send_chunk(events)
+            super().send_chunk(events)
 
     async def finish_stream(self, data: bytes) -> None:
         """Send the last events: `data` is `[DONE]` or an error frame, so there are some."""
-        await self._inner.finish_stream(self._stream.feed(data))
+        await super().finish_stream(self._stream.feed(data))
 
 
 def _build_answering(call: Call, asked: dict[str, Any]) -> Answering:

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.app import GatewayApp, Route
 from gateway.exchange import Exchange
+from gateway.idempotency import RecordingExchange
 from gateway.settings import Settings
 
 
@@ -35,11 +36,18 @@ class FakeConnection:
         self.was_aborted = True
 
 
+async def forget(_answer: RecordingExchange, _status: int, _headers: object) -> None:
+    """Store nothing."""
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
 @pytest.mark.parametrize("has_started", [False, True])
 def test_an_unexpected_error_ends_the_answer(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, has_started: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, has_started: bool, is_recorded: bool
 ) -> None:
     async def fail(exchange: Exchange) -> None:
+        if is_recorded:
+            exchange = RecordingExchange(exchange, bytes_max=1_000, store=forget)
         if has_started:
             exchange.start_stream(())
         raise TypeError("nobody foresaw this")
@@ -52,7 +60,9 @@ def test_an_unexpected_error_ends_the_answer(
         asyncio.run(app.serve(exchange))
     assert "nobody foresaw this" in caplog.text
     assert connection.was_aborted is has_started
-    if not has_started:
+    if has_started:
+        assert connection.sent.count(b"HTTP/1.1 ") == 1
+    else:
         head, _, body = connection.sent.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 500 ")
         assert json.loads(body)["error"]["code"] == "internal_error"
