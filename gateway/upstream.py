@@ -209,7 +209,8 @@ class UpstreamConnection(asyncio.Protocol):
         if was_idle:
             self._pool.forget(self)
             return
-        if self._has_head and exc is None and self._ends_by_close():
+        # Where we have left ourselves, the close is no end of the answer.
+        if self._has_head and exc is None and self._failure is None and self._ends_by_close():
             self._is_complete = True
             self._wake()
             return
