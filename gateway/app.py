@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import sys
 import time
@@ -27,6 +28,7 @@ from gateway.endpoints.translated_exchange import DIALECTS, TranslatedExchange, 
 from gateway.errors import SERVER, GatewayError, RedisUnavailableError, SpoolFullError, build_metering_unavailable
 from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
 from gateway.exchange import Exchange
+from gateway.gauges import add_gauges
 from gateway.providers.base import CallRequest
 from gateway.readiness import RecordingProbe
 from gateway.receipts import Receipts
@@ -36,7 +38,7 @@ from gateway.settings import Settings
 from gateway.snapshot_reader import Caller, Catalog, Offer, SnapshotReader
 from gateway.spool import open_own_spool
 from gateway.sweeper import LIST_EXPIRED, RENEW, Sweeper
-from gateway.telemetry import MODEL, PROVIDER, Telemetry
+from gateway.telemetry import Telemetry
 from gateway.tokenizer import TokenizerError, load_encoding, run_in_tokenizer_thread
 from gateway.upstream import UpstreamPool
 from gateway.usage_report import build_usage_report
@@ -102,7 +104,7 @@ class GatewayApp:
         """Find the route and the caller of a request; raises GatewayError. No stranger's body is waited for."""
         route = self._find_route(exchange.path)
         if route is None:
-            raise GatewayError(404, "unknown_url", f"Unknown request URL: {exchange.method} {exchange.path}.")
+            raise _build_unknown_url(exchange)
         if exchange.method != route.method:
             raise _build_method_not_allowed(exchange, route.method)
         exchange.route = route
@@ -195,7 +197,7 @@ class GatewayApp:
         await self._probe.start()
         await _load_tokenizer()
         self._sweeper.start()
-        self._add_gauges()
+        add_gauges(self._parts, redis=self._redis, probe=self._probe, snapshots=self._snapshots)
         self._start_background()
         log.info("gateway process %s records as %s", self._worker, producer)
 
@@ -238,48 +240,6 @@ class GatewayApp:
         while True:
             self._telemetry.publish()
             await asyncio.sleep(1.0)
-
-    def _add_gauges(self) -> None:
-        telemetry, event_log, parts = self._telemetry, self._event_log, self._parts
-        telemetry.add_gauge("calls_in_flight", "Calls running.", lambda: len(parts.in_flight))
-        telemetry.add_gauge("redis_up", "Connected to the Redis-protocol server.", lambda: int(self._redis.is_up))
-        telemetry.add_gauge(
-            "redis_writable", "The Redis-protocol server takes writes.", lambda: int(self._probe.can_write_redis)
-        )
-        telemetry.add_gauge("holds", "Calls in flight of all gateways, -1 if unknown.", lambda: self._probe.holds_count)
-        telemetry.add_gauge(
-            "holds_expired",
-            "Of them, those that nobody renews and the sweeper will record; -1 if unknown.",
-            lambda: self._probe.expired_holds_count,
-        )
-        telemetry.add_gauge("events_unsettled", "Events not durable yet.", lambda: event_log.unsettled_count)
-        telemetry.add_gauge("spool_bytes", "Bytes in the spool.", lambda: event_log.spool.size_bytes)
-        telemetry.add_gauge(
-            "spool_age_seconds", "Since the first event in the spool; 0 if it is empty.", event_log.get_spool_age_s
-        )
-        telemetry.add_gauge("snapshot_age_seconds", "Since the catalog was confirmed.", self._snapshots.get_age_s)
-        telemetry.add_gauge(
-            "snapshot_version",
-            "Version of the catalog in use.",
-            lambda: self._snapshots.catalog.version if self._snapshots.catalog else 0,
-        )
-        telemetry.add_labelled_gauge(
-            "upstream_healthy",
-            "1 for an upstream whose circuit is closed, 0 for one that is being left alone.",
-            self._read_upstream_health,
-            label_names=("upstream", PROVIDER, MODEL),
-        )
-
-    def _read_upstream_health(self) -> dict[tuple[str, ...], int]:
-        catalog = self._snapshots.catalog
-        now = asyncio.get_running_loop().time()
-        return {
-            (str(upstream.upstream_id), upstream.provider_slug, offer.model.name): int(
-                not self._parts.breakers.is_open(upstream.upstream_id, now=now)
-            )
-            for offer in (catalog.offers.values() if catalog else ())
-            for upstream in offer.upstreams
-        }
 
     # Routes
 
@@ -413,6 +373,12 @@ class GatewayApp:
         await exchange.send_whole(200 if is_ready else 503, [JSON_TYPE], body)
 
     async def _serve_metrics(self, exchange: Exchange) -> None:
+        """Answer whoever has Prometheus' token; there is no such page where none is set."""
+        token = self._settings.metrics_token
+        if not token:
+            raise _build_unknown_url(exchange)
+        if not hmac.compare_digest(exchange.headers.get(b"authorization", b""), b"Bearer " + token):
+            raise GatewayError(401, "invalid_metrics_token", "This page needs the bearer token of its operator.")
         content_type = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
         await exchange.send_whole(200, [content_type], self._telemetry.render_all())
 
@@ -423,6 +389,10 @@ async def _load_tokenizer() -> None:
         await run_in_tokenizer_thread(load_encoding)
     except TokenizerError as error:
         log.error("calls without believable usage cannot be counted: %s", error)
+
+
+def _build_unknown_url(exchange: Exchange) -> GatewayError:
+    return GatewayError(404, "unknown_url", f"Unknown request URL: {exchange.method} {exchange.path}.")
 
 
 def _build_method_not_allowed(exchange: Exchange, method: str) -> GatewayError:

@@ -33,6 +33,7 @@ class Settings:
     workers: int = 1
     sandbox_url: str = ""
     web_url: str = ""
+    metrics_token: bytes = b""
     lease_s: int = 30
     drain_s: int = 30
     client_drain_s: int = 60
@@ -136,6 +137,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         data_dir=Path(environ.get("TOLLBOOK_DATA_DIR", "") or ".tollbook"),
         host=environ.get("TOLLBOOK_GATEWAY_HOST", "") or "127.0.0.1",
         sandbox_url=environ.get("TOLLBOOK_SANDBOX_URL", ""),
+        metrics_token=environ.get("TOLLBOOK_METRICS_TOKEN", "").encode(),
         web_url=web_url,
         **values,
     )

@@ -40,6 +40,7 @@ from gateway.contract.streams import (
 from gateway.contract.usage_event import Superseded, UsageEvent, from_wire, superseded_from_wire
 
 PEPPER = "pepper-for-gateway-tests"
+METRICS_TOKEN = "token-of-prometheus"
 PARTITIONS = 4
 MODEL = "llama-3-8b-instruct"
 MODEL_ID = 11
@@ -178,8 +179,10 @@ class ServerProcess:
         return self._process.pid
 
     def fetch(self, path: str, *, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-        """GET `path`; return status and body."""
-        request = urllib.request.Request(self.url + path, headers=headers or {})
+        """GET `path`, `/metrics` with its token; return status and body."""
+        if headers is None:
+            headers = {"authorization": f"Bearer {METRICS_TOKEN}"} if path == "/metrics" else {}
+        request = urllib.request.Request(self.url + path, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=10) as response:
                 return response.status, response.read()
@@ -232,6 +235,7 @@ def build_gateway(folder: Path, redis_url: str, *, workers: int = 1, **environ: 
         "GATEWAY_PORT": str(port),
         "GATEWAY_WORKERS": str(workers),
         "GATEWAY_AUDIT_PERMILLE": "0",
+        "METRICS_TOKEN": METRICS_TOKEN,
         **environ,
     }
     return ServerProcess(

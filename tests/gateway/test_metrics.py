@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.telemetry import LABEL_SETS_MAX, Telemetry
 from gateway.worker_samples import WorkerSamples
-from tests.fakes.gateway_stack import MODEL, ServerProcess
+from tests.fakes.gateway_stack import MODEL, ServerProcess, build_gateway
 from tests.fakes.load_client import send_call
 from tests.fakes.metrics import read_metrics
 from tests.gateway.conftest import Stack
@@ -182,3 +183,13 @@ def test_labels_from_strangers_are_bounded(tmp_path: Path) -> None:
     lines = [line for line in telemetry.render_all().splitlines() if line.startswith(b"tollbook_gateway_error_answers")]
     assert len(lines) == LABEL_SETS_MAX + 1
     assert lines[-1] == b'tollbook_gateway_error_answers_total{http_response_status_code="502",error_type="other"} 50'
+
+
+def test_the_page_is_for_whoever_has_its_token(stack: Stack, tmp_path: Path, gateway_redis_url: str) -> None:
+    for given in ({}, {"authorization": "Bearer other"}, {"authorization": f"Bearer {stack.api_key}"}):
+        status, body = stack.gateway.fetch("/metrics", headers=given)
+        assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_metrics_token"), given
+    without = build_gateway(tmp_path, gateway_redis_url, METRICS_TOKEN="")
+    without.start()
+    assert [without.fetch("/metrics", headers=given)[0] for given in ({}, {"authorization": "Bearer "})] == [404, 404]
+    without.stop()
