@@ -131,10 +131,11 @@ class Supervisor:
         was_hurried = False
         deadline = time.monotonic() + self._settings.drain_s + STOP_MARGIN_S
         while any(process.poll() is None for process in self._workers.values()) and time.monotonic() < deadline:
+            # Not at once: of two signals that wait, Python handles SIGINT first.
+            time.sleep(0.1)
             if self._is_hurried and not was_hurried:
                 was_hurried = True
                 self._signal_workers(signal.SIGINT)
-            time.sleep(0.02)
         self._signal_workers(signal.SIGKILL)
         statuses = [process.wait() for process in self._workers.values()]
         # One that was still starting dies of the signal.

@@ -195,6 +195,28 @@ def test_a_second_signal_ends_sooner_and_loses_nothing(
         assert list_spools(stack) == []
 
 
+def test_a_call_that_waits_for_its_admission_leaves_no_hold(two_workers: CrashStack) -> None:
+    stack = two_workers
+    assert stack.server.pid is not None
+    os.kill(stack.server.pid, signal.SIGSTOP)
+    answers: list[Answer] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(asyncio.run(send_call(stack.gateway.port, stack.api_keys[0], BODY)))
+    )
+    thread.start()
+    time.sleep(0.3)
+    # At once: the second may come before the first was seen.
+    os.kill(stack.gateway.pid, signal.SIGTERM)
+    os.kill(stack.gateway.pid, signal.SIGINT)
+    thread.join()
+    os.kill(stack.server.pid, signal.SIGCONT)
+    assert wait_for_exit(stack) == 0
+    assert answers[0].status == 0
+    # The server had the admission already, and then its end.
+    check_books(stack, 0)
+    assert stack.client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 2
+
+
 def test_a_signal_to_supervisor_and_workers_at_once_is_no_second_one(two_workers: CrashStack) -> None:
     """As systemd sends it, to all processes of a service."""
     stack = two_workers
