@@ -23,6 +23,7 @@ from unfold.forms import ActionForm
 from gateway.contract import usage_event
 from gateway.contract.usage_event import EventDecodeError
 from metering.admin_corrections import run_correction
+from metering.core.attribution import QuarantineReason
 from metering.corrections import CorrectionKind
 from metering.dead_letters import release_dead_letter, void_dead_letters
 from metering.errors import MeteringError
@@ -44,9 +45,17 @@ from metering.models import (
     UsageRollup,
 )
 from metering.names import get_name
-from metering.quarantine import release_quarantined_events, void_quarantined_events
+from metering.quarantine import EXPLANATIONS, release_quarantined_events, void_quarantined_events
 
 _COUNTED_MAX = 10_000
+# Ids are shown by the catalog's names for them.
+_NAMED = {
+    "tenant_id": "tenant",
+    "api_key_id": "api_key",
+    "served_model_id": "served_model",
+    "provider_id": "provider",
+    "upstream_id": "upstream",
+}
 
 
 class BoundedPaginator(Paginator):
@@ -74,6 +83,9 @@ class MeteringAdmin(ModelAdmin):
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
 
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return [_NAMED.get(name, name) for name in super().get_fields(request, obj)]
+
     @admin.display(description="tenant", ordering="tenant_id")
     def tenant(self, row: Any) -> str:
         return get_name("tenants", row.tenant_id)
@@ -100,13 +112,13 @@ class UsageEventAdmin(MeteringAdmin):
     """Raw events, newest first. A receipt is found by its call id, in one partition."""
 
     list_display = (
-        *("call_id", "occurred_at", "tenant", "served_model", "upstream", "outcome", "usage_source"),
+        *("call", "occurred_at", "tenant", "served_model", "upstream", "outcome"),
         *("input_tokens", "output_tokens"),
     )
     search_fields = ("call_id",)
     search_help_text = "A whole call id"
     ordering = ("-call_id",)
-    sortable_by = ("call_id",)
+    sortable_by = ("call",)
     list_filter = ("outcome", "usage_source")
     readonly_fields = ("corrections",)
     actions_detail = ("amend_page", "void_page")
@@ -121,6 +133,10 @@ class UsageEventAdmin(MeteringAdmin):
         except ValueError:
             self.message_user(request, f"{search_term!r} is not a call id.", messages.WARNING)
             return queryset.none(), False
+
+    @admin.display(description="call id", ordering="call_id")
+    def call(self, event: UsageEvent) -> SafeString:
+        return format_html('<span class="tb-nowrap">{}</span>', event.pk)
 
     @admin.display(description="corrections")
     def corrections(self, event: UsageEvent) -> SafeString | str:
@@ -168,8 +184,8 @@ class UsageCorrectionAdmin(MeteringAdmin):
     """Compensating records, newest first."""
 
     list_display = (
-        *("created_at", "kind", "event", "tenant", "served_model", "calls", "input_tokens", "output_tokens"),
-        *("actor_name", "reason", "is_live"),
+        *("created_at", "kind", "event", "tenant", "served_model", "input_tokens", "output_tokens"),
+        *("actor_name", "is_live"),
     )
     list_display_links = ("created_at",)
     list_filter = ("kind",)
@@ -207,8 +223,8 @@ class UsageRollupAdmin(MeteringAdmin):
     """Sums by day, as billing reads them."""
 
     list_display = (
-        *("usage_on", "tenant", "api_key", "served_model", "provider", "upstream", "outcome", "calls"),
-        *("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens"),
+        *("usage_on", "tenant", "api_key", "served_model", "upstream", "outcome", "calls"),
+        *("input_tokens", "output_tokens"),
     )
     list_filter = ("outcome", ("usage_on", admin.DateFieldListFilter))
     ordering = ("-usage_on", "tenant_id", "id")
@@ -217,7 +233,14 @@ class UsageRollupAdmin(MeteringAdmin):
 class DecisionForm(ActionForm):
     """The choice of an action, and why."""
 
-    note = forms.CharField(required=False, max_length=500, label="Reason (kept on record)")
+    note = forms.CharField(
+        required=False,
+        max_length=500,
+        label="",
+        widget=forms.TextInput(
+            {"class": "tb-note-input", "placeholder": "Reason, kept on record", "aria-label": "Reason"}
+        ),
+    )
 
 
 def get_note(model_admin: ModelAdmin, request: HttpRequest) -> str:
@@ -304,8 +327,17 @@ class QuarantinedEventAdmin(EventBytesAdmin):
     list_filter = ("state", "reason")
     list_select_related = ("producer",)
     search_fields = ("call_id__exact", "producer__name")
+    readonly_fields = ("explanation", "event")
     action_form = DecisionForm
     actions = ("release", "void")
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        first = ("state", "reason", "explanation")
+        return [*first, *(name for name in super().get_fields(request, obj) if name not in first)]
+
+    @admin.display(description="what it means")
+    def explanation(self, row: QuarantinedEvent) -> str:
+        return EXPLANATIONS[QuarantineReason(row.reason)]
 
     def has_decide_permission(self, request: HttpRequest) -> bool:
         return request.user.has_perm("metering.change_quarantinedevent")
@@ -394,7 +426,7 @@ class RecordingAdmin(MeteringAdmin):
 
     list_display = (
         *("id", "kind", "partition", "recorded_at", "rolled_up_count", "quarantined_count", "conflict_count"),
-        *("duplicate_count", "superseded_count", "dead_letter_count"),
+        *("dead_letter_count", "duplicate_count"),
     )
     list_filter = ("kind",)
     exclude = ("xid",)

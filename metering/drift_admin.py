@@ -35,7 +35,6 @@ def _describe(drift: CountDrift) -> dict[str, Any]:
         "calls": f"{drift.calls:,}",
         "differing_calls": f"{drift.differing_calls:,}",
         "reported": f"{drift.reported_tokens:,}",
-        "counted": f"{drift.counted_tokens:,}",
         "over": f"{drift.over_tokens:,}",
         "under": f"{drift.under_tokens:,}",
         "difference": f"{drift.difference:+,}" if drift.difference else "0",

@@ -27,7 +27,7 @@ class ProviderReportAdmin(MeteringAdmin):
     """What providers billed beside what was recorded."""
 
     list_display = (
-        *("provider_slug", "period", "capture_of_calls", "capture_of_tokens", "calls", "findings_total"),
+        *("provider", "period", "capture_of_calls", "capture_of_tokens", "calls", "findings_total"),
         *("state_badge", "imported_at"),
     )
     list_filter = (("state", ChoicesDropdownFilter), "provider_slug")
@@ -58,6 +58,10 @@ class ProviderReportAdmin(MeteringAdmin):
         report = self.get_object(request, object_id)
         context = _describe(report) if report is not None and self.has_view_permission(request, report) else {}
         return super().change_view(request, object_id, form_url, (extra_context or {}) | context)
+
+    @display(description="provider", ordering="provider_slug")
+    def provider(self, report: ProviderReport) -> str:
+        return report.provider_slug
 
     @display(description="period", ordering="period_start")
     def period(self, report: ProviderReport) -> str:

@@ -55,10 +55,6 @@ class CountDrift:
         """Reported less counted."""
         return self.over_tokens - self.under_tokens
 
-    @property
-    def counted_tokens(self) -> int:
-        return self.reported_tokens - self.difference
-
 
 def list_count_drift(today: date) -> list[CountDrift]:
     """Return the drift of the DRIFT_DAYS UTC days up to and including `today`, by provider and model.

@@ -72,7 +72,10 @@ class UsageView(UnfoldSiteViewMixin, TemplateView):
         context = (
             super().get_context_data(**kwargs)
             | asked
-            | {"dimensions": [(name, name.replace("_", " ")) for name in DIMENSIONS]}
+            | {
+                "dimensions": [(name, name.replace("_", " ")) for name in DIMENSIONS],
+                "tenants": Tenant.objects.select_related("party").order_by("party__slug")[:CHOICES_SHOWN_MAX],
+            }
         )
         try:
             rows = list_usage_page(_build_question(asked), rows_max=ROWS_SHOWN_MAX + 1).rows
@@ -87,7 +90,6 @@ class UsageView(UnfoldSiteViewMixin, TemplateView):
             "is_cut": len(rows) > ROWS_SHOWN_MAX,
             "totals": [format_count(sum(row[name] for row in rows)) for name in QUANTITIES],
             "csv_link": f"?{query.urlencode()}",
-            "tenants": Tenant.objects.select_related("party").order_by("party__slug")[:CHOICES_SHOWN_MAX],
         }
 
     def _read_question(self) -> dict[str, Any]:

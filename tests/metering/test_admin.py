@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from html import unescape
+
 import pytest
 import redis
 from django.apps import apps
 from django.contrib.auth.models import Permission, User
 from django.test import Client
 
+from metering.core.attribution import QuarantineReason
 from metering.losses import accept_losses
 from metering.models import AcceptedLoss, QuarantinedEvent, SequenceGap
+from metering.quarantine import EXPLANATIONS
 from metering.services import roll_up
 from tests.metering.builders import build_event, send
 
@@ -54,6 +58,22 @@ def test_event_is_found_by_its_call_id(events: redis.Redis) -> None:
     client = log_in()
     assert str(row.pk) in client.get(f"/admin/metering/usageevent/?q={row.pk}").content.decode()
     assert "is not a call id" in client.get("/admin/metering/usageevent/?q=abc", follow=True).content.decode()
+
+
+def test_details_name_what_the_catalog_knows_and_explain(events: redis.Redis) -> None:
+    client, held = log_in(), QuarantinedEvent.objects.get()
+    event = apps.get_model("metering", "usageevent").objects.first()
+    detail = client.get(f"/admin/metering/usageevent/{event.pk}/change/").content.decode()
+    for name in ("tenant-1", "key1", "llama-1", "provider-1"):
+        assert f">{name}<" in "".join(detail.split()), name
+    assert "Tenant id" not in detail
+    detail = client.get(f"/admin/metering/quarantinedevent/{held.pk}/change/").content.decode()
+    assert EXPLANATIONS[QuarantineReason.UNBELIEVABLE_TOKENS] in unescape(detail)
+
+
+def test_reason_of_an_action_can_be_seen_and_written(events: redis.Redis) -> None:
+    listing = log_in().get("/admin/metering/quarantinedevent/").content.decode()
+    assert 'class="tb-note-input" placeholder="Reason, kept on record"' in listing
 
 
 def post_action(client: Client, action: str, note: str) -> str:
