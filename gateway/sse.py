@@ -1,8 +1,8 @@
 """Server-sent events: cutting a byte stream into whole frames, wherever the network cut it.
 
-A frame is the bytes up to and including the blank line that ends it, with LF or CRLF line ends. Frames are
-never rebuilt: what passes through is what came in. Lines may be longer than any read buffer; a frame beyond
-FRAME_BYTES_MAX is refused, because an upstream that never ends one would fill the memory.
+A frame is the bytes up to and including the blank line that ends it, with LF or CRLF line ends, as they came in.
+Lines may be longer than any read buffer; a frame beyond FRAME_BYTES_MAX is refused, because an upstream that never
+ends one would fill the memory.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def get_frame_data(frame: bytes) -> bytes | None:
     >>> get_frame_data(b"data: 1\\n\\n"), get_frame_data(b": ping\\n\\n"), get_frame_data(b"data:x\\r\\n\\r\\n")
     (b'1', None, b'x')
     """
-    if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and frame[-3] != 13:
+    if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and b"\r" not in frame:
         return frame[6:-2]
     lines = [line[5:].removeprefix(b" ") for line in frame.splitlines() if line.startswith(b"data:")]
     return b"\n".join(lines) if lines else None

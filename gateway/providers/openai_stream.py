@@ -49,19 +49,28 @@ def _is_always_null(data: bytes, name: bytes) -> bool:
 
 
 def is_plain(data: bytes) -> bool:
-    """Return whether `data` is whole frames of a single `data:` line each, with LF line ends."""
+    """Return whether `data` is whole frames of a single `data: ` line each, with LF line ends."""
     return (
-        data.endswith(b"\n\n") and data.startswith(b"data:") and data.count(b"\n") == 2 * data.count(b"\n\ndata:") + 2
+        data.endswith(b"\n\n")
+        and data.startswith(b"data: ")
+        and data.count(b"\n") == 2 * data.count(b"\n\ndata: ") + 2
+        and b"\r" not in data
     )
 
 
-def drop_stateful_lines(frame: bytes) -> bytes:
-    """Return the frame without `id`, `retry` and `event` lines: the official Python client dies of them.
+def normalize_frame(frame: bytes, data: bytes | None) -> bytes:
+    """Return a frame as every client takes it: its data on one line, or else its comments.
 
-    Everything else keeps its bytes (reference: gateway-lessons, 5.3).
+    The official Python client dies of `id`, `retry` and `event` lines; vLLM's benchmark client wants `data: ` with
+    the blank, LF line ends, and no comment beside the data.
+
+    >>> normalize_frame(b"id: 1\\r\\ndata:{}\\r\\n\\r\\n", b"{}")
+    b'data: {}\\n\\n'
     """
-    lines = frame.splitlines(keepends=True)
-    return b"".join(line for line in lines if line.startswith((b"data:", b":")) or not line.strip())
+    if data is not None:
+        return build_frame(data.replace(b"\n", b" "))
+    comments = [line for line in frame.splitlines() if line.startswith(b":")]
+    return b"\n".join(comments) + b"\n\n" if comments else b""
 
 
 class _RunningCount(msgspec.Struct, forbid_unknown_fields=True):
@@ -209,7 +218,7 @@ class OpenAIStreamMeter:
             self._has_end = self.is_done = True
             return b""
         if not is_plain(frame):
-            frame = drop_stateful_lines(frame)
+            frame = normalize_frame(frame, data)
         if data is None:
             return frame
         if self._has_started and not needs_parsing(data):

@@ -303,17 +303,27 @@ def test_lines_that_kill_the_python_client_are_dropped():
     relayed, _, _ = run(
         [b"id: 1\nevent: result\nretry: 10\ndata: " + data + b"\n\n", b"id: 2\n\n", b": ping\n\n", DONE]
     )
-    assert relayed == b"data: " + data + b"\n\n\n: ping\n\n"
+    assert relayed == b"data: " + data + b"\n\n: ping\n\n"
 
 
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_line_ends_pass_through(newline):
-    frames = [frame({"id": "x", "choices": [{"index": 0, "delta": {"content": "a"}}]}, newline)] * 2
-    relayed, result, meter = run([*frames, b"data:[DONE]" + newline * 2])
-    assert relayed == b"".join(frames)
+@pytest.mark.parametrize(
+    "line",
+    [b"data: %b\n", b"data: %b\r\n", b"data:%b\n", b"data:%b\r\n", b":x\ndata: %b\n", b"data: %b\rid: 1\n"],
+)
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n"])
+def test_every_way_to_write_a_frame_is_one_for_the_client(line, blank):
+    frames = [chunk("a"), chunk("b", usage=None)]
+    written = [line % data[6:-2] + blank for data in frames]
+    relayed, result, meter = run([written[0], *(written * 2), b"".join(written), b"data:[DONE]" + blank * 2])
+    assert relayed == b"".join([frames[0], *frames, *frames, *frames])
     assert meter.is_done
     assert result.is_complete
-    assert result.emitted().choices[0].content == "aa"
+    assert result.emitted().choices[0].content == "aababab"
+
+
+def test_data_of_several_lines_and_comments_of_several():
+    relayed, _, _ = run([b'data: {"id":"x",\ndata: "choices":[]}\n\n', b": a\r\n:b\r\n\r\n", b"event: x\n\n", DONE])
+    assert relayed == b'data: {"id":"x", "choices":[]}\n\n: a\n:b\n\n'
 
 
 def test_nothing_after_the_end_is_relayed():
