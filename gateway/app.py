@@ -12,7 +12,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 
@@ -263,14 +262,16 @@ class GatewayApp:
 
     def _find_route(self, path: str) -> Route | None:
         route = self._routes.get(path)
-        if route is None and path.startswith(f"{MODELS_PATH}/"):
+        if route is not None:
+            return route
+        if _read_name(path, MODELS_PATH):
             return self._model_route
-        if route is None and path.startswith(f"{USAGE_PATH}/"):
-            return self._receipt_route
-        return route
+        return self._receipt_route if _read_name(path, USAGE_PATH) else None
 
     async def _serve_call(self, exchange: Exchange) -> None:
         catalog, caller, endpoint = exchange.catalog, exchange.caller, exchange.route.endpoint
+        if exchange.headers.get(b"x-stainless-retry-count", b"0") != b"0":
+            self._telemetry.client_retries.add()
         request = _parse_request(exchange, endpoint)
         offer, price = _find_offer(request.json, caller, catalog, endpoint=endpoint)
         model_name = offer.model.name
@@ -289,7 +290,7 @@ class GatewayApp:
             price=price,
             endpoint=endpoint,
             request=request,
-            labels=read_labels(request.json),
+            labels=read_labels(request.json, client_request_id=exchange.headers.get(b"x-request-id", b"")),
         )
 
         def run(outlet: Exchange) -> Coroutine[Any, Any, None]:
@@ -303,14 +304,12 @@ class GatewayApp:
             await run(exchange)
 
     async def _serve_models(self, exchange: Exchange) -> None:
-        catalog, caller = exchange.catalog, exchange.caller
-        data = [_describe_model(offer.model) for offer in catalog.list_offers(caller)]
+        data = [_describe_model(offer.model) for offer in exchange.catalog.list_offers(exchange.caller)]
         await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode({"object": "list", "data": data}))
 
     async def _serve_model(self, exchange: Exchange) -> None:
-        catalog, caller = exchange.catalog, exchange.caller
-        name = unquote(exchange.path[len(MODELS_PATH) + 1 :])
-        for offer in catalog.list_offers(caller):
+        name = _read_name(exchange.path, MODELS_PATH)
+        for offer in exchange.catalog.list_offers(exchange.caller):
             if offer.model.name == name:
                 await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(_describe_model(offer.model)))
                 return
@@ -326,7 +325,7 @@ class GatewayApp:
     async def _serve_receipt(self, exchange: Exchange) -> None:
         check_scope(exchange.caller, endpoint=BILLING_ENDPOINT)
         receipt = await self._receipts.get(
-            exchange.path[len(USAGE_PATH) + 1 :],
+            _read_name(exchange.path, USAGE_PATH),
             caller=exchange.caller,
             catalog=exchange.catalog,
             authorization=exchange.headers[b"authorization"],
@@ -393,6 +392,16 @@ async def _load_tokenizer() -> None:
 
 def _build_unknown_url(exchange: Exchange) -> GatewayError:
     return GatewayError(404, "unknown_url", f"Unknown request URL: {exchange.method} {exchange.path}.")
+
+
+def _read_name(path: str, collection: str) -> str:
+    """Return what comes below a collection, which may have slashes; "" for another path. /v1 may be there or not.
+
+    >>> _read_name("/v1/models/meta/llama", "/v1/models"), _read_name("/models/x", "/v1/models")
+    ('meta/llama', 'x')
+    """
+    path = path if path.startswith("/v1/") else f"/v1{path}"
+    return path.removeprefix(f"{collection}/") if path.startswith(f"{collection}/") else ""
 
 
 def _build_method_not_allowed(exchange: Exchange, method: str) -> GatewayError:

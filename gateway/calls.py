@@ -308,9 +308,11 @@ def build_abandoned_settlement(
     )
 
 
-def read_labels(body: dict[str, object]) -> dict[str, str]:
-    """Return the tenant's labels of a request: `user` and the text members of `metadata`, bounded."""
+def read_labels(body: dict[str, object], *, client_request_id: bytes = b"") -> dict[str, str]:
+    """Return the tenant's labels of a request: its own `x-request-id`, `user`, the texts of `metadata`; bounded."""
     labels: dict[str, str] = {}
+    if client_request_id:
+        labels["x-request-id"] = client_request_id.decode(errors="replace")[:LABEL_LENGTH_MAX]
     user = body.get("user")
     if isinstance(user, str) and user:
         labels["user"] = user[:LABEL_LENGTH_MAX]

@@ -59,7 +59,6 @@ ERROR_BYTES_MAX = 1 << 20
 # How long a stopping process waits for its calls to be recorded.
 STOP_WAIT_S = 10.0
 
-
 _NO_RESULT = CallResult(
     usage=None, finish_reason="", provider_request_id="", error=None, is_complete=False, emitted=EmittedText
 )
@@ -274,7 +273,7 @@ class Relay:
             200,
             [
                 (b"content-type", content_type.encode("latin-1")),
-                (b"openai-processing-ms", b"%d" % (self._measure_us() // 1000)),
+                self._build_time_header(),
                 (b"x-tollbook-cost", cost),
                 *self._rate_headers,
             ],
@@ -316,8 +315,11 @@ class Relay:
             await exchange.finish_stream(_build_error_frame(build_metering_unavailable()))
             return
         if not exchange.has_started:
-            exchange.start_stream(self._rate_headers)
+            self._start_stream()
         await exchange.finish_stream(b"data: [DONE]\n\n")
+
+    def _start_stream(self) -> None:
+        self._exchange.start_stream((self._build_time_header(), *self._rate_headers))
 
     def _relay_piece(self, data: bytes) -> None:
         """Send on what has arrived of a stream; runs where the bytes arrive."""
@@ -329,7 +331,7 @@ class Relay:
         if frames and (not self._is_gone or exchange.keeps_answer):
             if not exchange.has_started:
                 call.first_byte_us = self._measure_us()
-                exchange.start_stream(self._rate_headers)
+                self._start_stream()
             exchange.send_chunk(frames)
         if self._drain is not None:
             self._drain.note(frames)
@@ -448,6 +450,9 @@ class Relay:
             Attempt(upstream.upstream_id, outcome, status, exposure.input_tokens, exposure.output_tokens)
         )
 
+    def _build_time_header(self) -> tuple[bytes, bytes]:
+        return b"openai-processing-ms", b"%d" % (self._measure_us() // 1000)
+
     def _measure_us(self) -> int:
         return int((time.monotonic() - self._call.started_at) * 1_000_000)
 
@@ -485,7 +490,9 @@ def _build_failed_verdict(result: CallResult = _NO_RESULT) -> Verdict:
 
 def _build_upstream_error(failure: UpstreamFailure) -> GatewayError:
     headers = () if failure.retry_after_s is None else ((b"retry-after", b"%d" % failure.retry_after_s),)
-    return GatewayError(failure.status, failure.code, failure.message, type=failure.type, headers=headers)
+    return GatewayError(
+        failure.status, failure.code, failure.message, type=failure.type, param=failure.param, headers=headers
+    )
 
 
 def _build_error_frame(error: GatewayError) -> bytes:

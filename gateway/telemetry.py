@@ -119,6 +119,7 @@ class Telemetry:
         self.answers_replayed = Counter(
             "answers_replayed_total", "Requests answered with what their Idempotency-Key had stored."
         )
+        self.client_retries = Counter("client_retries_total", "Requests that an official client sent again by itself.")
         self.calls_forwarded = Counter("calls_forwarded_total", "Calls sent to an upstream.")
         self.calls_recorded = Counter(
             "calls_recorded_total", "Calls whose event is durable.", (MODEL, "outcome", "usage_source")

@@ -109,7 +109,8 @@ class EmittedText(msgspec.Struct, frozen=True):
 class UpstreamFailure(msgspec.Struct, frozen=True):
     """A failed attempt as the tenant may see it: no secret and no address of the upstream is in `message`.
 
-    `is_retryable`: another upstream may be tried, as long as no byte has gone to the client.
+    `is_retryable`: another upstream may be tried, as long as no byte has gone to the client. `param` is the member of
+    the request that the upstream complains of.
     """
 
     status: int
@@ -118,6 +119,7 @@ class UpstreamFailure(msgspec.Struct, frozen=True):
     message: str
     is_retryable: bool
     retry_after_s: int | None = None
+    param: str | None = None
 
 
 class CallResult(msgspec.Struct, frozen=True):

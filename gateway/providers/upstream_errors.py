@@ -69,6 +69,7 @@ class ForeignError:
     type: str = ""
     code: str = ""
     status: int = 0
+    param: str = ""
 
 
 def find_error(payload: Any) -> ForeignError | None:
@@ -151,6 +152,7 @@ def build_failure(status: int, foreign: ForeignError, *, retry_after_s: int | No
             type=foreign.type or "invalid_request_error",
             message=message or "The provider refused the request.",
             is_retryable=False,
+            param=clean_message(foreign.param) or None,
         )
     if status in (408, 504):
         return _build_ours(504, "upstream_timeout", message or "The provider did not answer in time.")
@@ -181,13 +183,14 @@ def _build_ours(status: int, code: str, message: str) -> UpstreamFailure:
 
 
 def _build_foreign(error: dict[str, Any]) -> ForeignError:
-    code = error.get("code", error.get("Code"))
+    code, param = error.get("code", error.get("Code")), error.get("param")
     return ForeignError(
         message=_text(error.get("message") or error.get("Message") or error.get("Msg")),
         type=_text(error.get("type")),
         # An integer code is the HTTP status again (vLLM, llama.cpp), not a code.
         code="" if type(code) is int and 400 <= code < 600 else _text(code),
         status=code if type(code) is int and 400 <= code < 600 else 0,
+        param=param if isinstance(param, str) else "",
     )
 
 

@@ -1,0 +1,466 @@
+"""Byte for byte what passes between a client and an upstream that says what it is told: bodies, headers, streams."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds, wait_for_events
+from tests.fakes.metrics import read_metrics
+from tests.fakes.scripted_upstream import ScriptedUpstream, build_answer, build_chat_body
+from tests.gateway.conftest import Stack
+from tests.gateway.test_wire import exchange
+
+HI = '[ {"role":"user", "content":"H\\u0069 \\ud83e\\udd99 é"} ]'.encode()
+PLAIN = b'{"model":"%b","max_tokens":5,"messages":%b}' % (MODEL.encode(), HI)
+STREAM = PLAIN[:-1] + b',"stream":true}'
+ASKING = STREAM[:-1] + b',"stream_options":{"include_usage":true}}'
+CHAT = build_chat_body(["fine"], input_tokens=11, output_tokens=2)
+DONE = b"data: [DONE]\n\n"
+USAGE = b'{"prompt_tokens":11,"completion_tokens":4,"total_tokens":15}'
+
+
+@pytest.fixture
+def upstream(stack: Stack) -> Iterator[ScriptedUpstream]:
+    """The only upstream of the stack."""
+    upstream = ScriptedUpstream(lambda _request: [build_answer(CHAT)])
+    serve_by(stack, upstream)
+    yield upstream
+    upstream.close()
+
+
+def serve_by(stack: Stack, upstream: ScriptedUpstream, **changes: object) -> None:
+    stack.catalog.upstreams.clear()
+    fields = {"kind": "openai_compatible", "has_continuous_usage": False, "provider_model": "their/name", **changes}
+    stack.catalog.add_upstream(1, upstream.url + "/v1", **fields)
+    stack.publish()
+
+
+def send(
+    stack: Stack, body: bytes, headers: bytes = b"", *, path: bytes = b"/v1/chat/completions"
+) -> tuple[bytes, bytes]:
+    """Return head and body of the answer, without the framing of chunks."""
+    head = (
+        b"POST %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer %b\r\n%bcontent-length: %d\r\n\r\n"
+    )
+    sent = head % (path, stack.api_key.encode(), headers, len(body)) + body
+    answer = exchange(stack.gateway.port, sent, timeout_s=10, silence_s=10)
+    head, _, received = answer.partition(b"\r\n\r\n")
+    return head, join_chunks(received) if b"transfer-encoding: chunked" in head else received
+
+
+def join_chunks(wire: bytes) -> bytes:
+    pieces = []
+    while True:
+        size, _, wire = wire.partition(b"\r\n")
+        length = int(size, 16)
+        piece, end, wire = wire[:length], wire[length : length + 2], wire[length + 2 :]
+        assert end == b"\r\n"
+        if not length:
+            assert wire == b""
+            return b"".join(pieces)
+        pieces.append(piece)
+
+
+def stream(*frames: bytes, piece_bytes: int = 1 << 20, is_chunked: bool = True) -> Callable[[bytes], list[bytes]]:
+    """Return what answers with a stream, sent in pieces of so many bytes of the wire."""
+    data = b"".join(frames)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    if is_chunked:
+        wire = head + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
+    else:
+        wire = head + b"connection: close\r\n\r\n" + data
+    return lambda _request: [wire[start : start + piece_bytes] for start in range(0, len(wire), piece_bytes)]
+
+
+def chunk(choices: bytes, more: bytes = b"") -> bytes:
+    return b'data: {"id":"c","object":"chat.completion.chunk","choices":[%b]%b}\n\n' % (choices, more)
+
+
+def say(text: bytes, more: bytes = b"", *, index: int = 0) -> bytes:
+    return chunk(b'{"index":%d,"delta":{"content":"%b"},"finish_reason":null}' % (index, text), more)
+
+
+STOP = chunk(b'{"index":0,"delta":{},"finish_reason":"stop"}')
+TOTAL = chunk(b"", b',"usage":%b' % USAGE)
+SAID = [say(b"A"), say(b" river"), STOP]
+
+
+def read_body(request: bytes) -> bytes:
+    return request.partition(b"\r\n\r\n")[2]
+
+
+# The request on its way to the upstream
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        b'"ignore_eos":true,"guided_json":{"b":[1.0,1e2],"a":"\\u00e9"},"chat_template_kwargs":{"x":null}',
+        b'"max_completion_tokens":7, "n" : 1e0 , "top_k":-0.0,"logit_bias":{"1":-100},"":[ ]',
+        b'"stream":false,"stream_options":{"include_usage":true,"x":1}',
+        b'"stream":null,"stream_options":{}',
+    ],
+)
+def test_only_the_models_name_changes_in_a_request(stack: Stack, upstream: ScriptedUpstream, members: bytes) -> None:
+    send(stack, PLAIN[:-1] + b", " + members + b"}")
+    names_and_values = re.sub(rb'("n") : (1e0) ,', rb"\1:\2,", members).replace(b", ", b",")
+    assert read_body(upstream.requests[0]) == (
+        b'{"model":"their/name","max_tokens":5,"messages":%b,%b}' % (HI, names_and_values)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sent", "sent_to_vllm"),
+    [
+        (None, b'{"include_usage":true}', b'{"include_usage":true,"continuous_usage_stats":true}'),
+        (b"null", b'{"include_usage":true}', b'{"include_usage":true,"continuous_usage_stats":true}'),
+        (b"{}", b'{"include_usage":true}', b'{"include_usage":true,"continuous_usage_stats":true}'),
+        (
+            b'{"include_usage":false,"include_obfuscation":false, "x":1.0}',
+            b'{"include_usage":true,"include_obfuscation":false,"x":1.0}',
+            b'{"include_usage":true,"include_obfuscation":false,"x":1.0,"continuous_usage_stats":true}',
+        ),
+        (
+            b'{"continuous_usage_stats":true,"include_usage":true}',
+            b'{"continuous_usage_stats":true,"include_usage":true}',
+            b'{"continuous_usage_stats":true,"include_usage":true}',
+        ),
+    ],
+)
+@pytest.mark.parametrize("has_continuous_usage", [False, True])
+def test_a_stream_asks_for_usage_and_keeps_its_other_options(
+    stack: Stack,
+    upstream: ScriptedUpstream,
+    options: bytes | None,
+    sent: bytes,
+    sent_to_vllm: bytes,
+    has_continuous_usage: bool,
+) -> None:
+    serve_by(stack, upstream, has_continuous_usage=has_continuous_usage)
+    upstream.answer = stream(*SAID, TOTAL, DONE)
+    member = b"" if options is None else b',"stream_options":%b' % options
+    _head, received = send(stack, STREAM[:-1] + member + b"}")
+    assert received.endswith(DONE)
+    assert read_body(upstream.requests[0]) == (
+        b'{"model":"their/name","max_tokens":5,"messages":%b,"stream":true,"stream_options":%b}'
+        % (HI, sent_to_vllm if has_continuous_usage else sent)
+    )
+
+
+def test_no_header_of_the_client_reaches_the_upstream_but_its_trace(stack: Stack, upstream: ScriptedUpstream) -> None:
+    trace = b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\ntracestate: a=b\r\n"
+    head, _ = send(
+        stack,
+        PLAIN,
+        trace + b"X-Stainless-Lang: python\r\nx-stainless-retry-count: 0\r\nOpenAI-Organization: o\r\n"
+        b"OpenAI-Project: p\r\nOpenAI-Beta: b\r\nCookie: c=d\r\nx-api-key: k\r\nx-request-id: mine\r\n"
+        b"x-forwarded-for: 10.0.0.1\r\nuser-agent: u\r\naccept: */*\r\naccept-encoding: gzip\r\ncontent-type: x/y\r\n",
+    )
+    (event,) = read_events(stack.redis)
+    address = upstream.url.removeprefix("http://").encode()
+    sent_head = upstream.requests[0].partition(b"\r\n\r\n")[0] + b"\r\n"
+    assert sent_head == (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: %b\r\n%bx-request-id: %b\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n" % (address, trace, event.call_id.encode(), len(read_body(upstream.requests[0])))
+    )
+    # The client's id is kept beside ours, and is no key.
+    assert b"x-request-id: %b" % event.call_id.encode() in head.split(b"\r\n")
+    assert event.labels == {"x-request-id": "mine"}
+    send(stack, PLAIN, b"x-request-id: mine\r\n")
+    assert [event.labels for event in read_events(stack.redis)] == [{"x-request-id": "mine"}] * 2
+
+
+def test_requests_that_an_official_client_sent_again_are_counted(stack: Stack, upstream: ScriptedUpstream) -> None:
+    def read() -> int:
+        return read_metrics(stack.gateway)["tollbook_gateway_client_retries_total"][()]
+
+    before = read()
+    for header in (b"", b"x-stainless-retry-count: 0\r\n", b"x-stainless-retry-count: 2\r\n"):
+        send(stack, PLAIN, header)
+    assert read() == before + 1
+
+
+# Whole answers
+
+
+def test_a_whole_answer_passes_with_all_that_nobody_knows(stack: Stack, upstream: ScriptedUpstream) -> None:
+    body = (
+        b'{ "timings":{"predicted_ms":1.50},"x":[1e2,"\\u00e9"],"id":"c","choices":[{"index":0,"logprobs":{"content":'
+        b'[{"token":"A","logprob":-0.10,"bytes":[65],"top_logprobs":[]}]},"message":{"role":"assistant",'
+        b'"reasoning_content":"hm","content":"A"},"finish_reason":"stop"}],\n"usage":%b}\n' % USAGE
+    )
+    upstream.answer = lambda _request: [
+        build_answer(body, headers=b"content-type: application/json; charset=utf-8\r\n")
+    ]
+    head, received = send(stack, PLAIN)
+    assert received == body
+    assert b"content-type: application/json; charset=utf-8" in head.split(b"\r\n")
+    assert re.search(rb"\r\nopenai-processing-ms: \d+\r\n", head)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "answered", "error"),
+    [
+        (
+            400,
+            b'{"error":{"message":"Too hot.","type":"invalid_request_error","param":"temperature","code":"bad_value"}}',
+            400,
+            ("Too hot.", "invalid_request_error", "temperature", "bad_value"),
+        ),
+        (
+            400,
+            b'{"object":"error","message":"n must be 1","type":"BadRequestError","param":"n","code":400}',
+            400,
+            ("n must be 1", "BadRequestError", "n", "invalid_request_error"),
+        ),
+        (
+            422,
+            b'{"error":{"message":"no","type":"UnprocessableEntityError","param":{"a":1},"code":422}}',
+            422,
+            ("no", "UnprocessableEntityError", None, "invalid_request_error"),
+        ),
+        (
+            500,
+            b'{"error":{"code":500,"message":"slot died","type":"server_error"}}',
+            500,
+            ("slot died", "server_error", None, "upstream_error"),
+        ),
+        (
+            400,
+            b'{"error":{"code":400,"message":"too long","type":"exceed_context_size_error","n_ctx":4096}}',
+            400,
+            ("too long", "exceed_context_size_error", None, "context_length_exceeded"),
+        ),
+        (503, b"<html>", 503, ("The provider failed to answer.", "upstream_error", None, "upstream_error")),
+    ],
+)
+def test_errors_of_upstreams_have_one_shape(
+    stack: Stack,
+    upstream: ScriptedUpstream,
+    status: int,
+    body: bytes,
+    answered: int,
+    error: tuple[str, str, str | None, str],
+) -> None:
+    upstream.answer = lambda _request: [b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body)]
+    for asked in (PLAIN, STREAM):
+        head, received = send(stack, asked)
+        assert head.startswith(b"HTTP/1.1 %d " % answered)
+        names = ("message", "type", "param", "code")
+        assert json.loads(received) == {"error": dict(zip(names, error, strict=True))}
+        assert b"content-type: application/json" in head.split(b"\r\n")
+        assert len(re.findall(rb"\r\nx-request-id: [0-9a-f-]{36}\r\n", head)) == 1
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(b"3", b"3"), (b"86400", b"60"), (b"Wed, 21 Oct 2026 07:28:00 GMT", None)]
+)
+def test_only_short_waits_are_passed_on(
+    stack: Stack, upstream: ScriptedUpstream, theirs: bytes, ours: bytes | None
+) -> None:
+    upstream.answer = lambda _request: [b"HTTP/1.1 429 X\r\nretry-after: %b\r\ncontent-length: 0\r\n\r\n" % theirs]
+    head, _ = send(stack, PLAIN)
+    assert head.startswith(b"HTTP/1.1 429 ")
+    assert re.findall(rb"\r\nretry-after: (.*)\r\n", head) == ([] if ours is None else [ours])
+
+
+# Streams
+
+ODD = [
+    b'data: {"id":"c","choices":[],"prompt_filter_results":[{"prompt_index":0}]}\n\n',
+    chunk(b'{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}', b',"usage":null'),
+    say("Gr\u00fc\U0001f999".encode(), b',"x":[1.0,1e2]'),
+    say(b"other", index=1),
+    b": keepalive\n\n",
+    chunk(b'{"index":0,"delta":{"reasoning_content":"hm"},"logprobs":{"content":[{"token":"a","logprob":-0.10}]}}'),
+    chunk(b'{"index":1,"delta":{"tool_calls":[{"index":0,"id":"t","type":"function","function":{"name":"f"}}]}}'),
+    chunk(b'{"index":1,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\\"a\\":"}}]}}'),
+    chunk(
+        b'{"index":1,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"1}"}}]},"finish_reason":"tool_calls"}'
+    ),
+    say(b'data: [DONE]\\n\\n \\"usage\\":{}'),
+    chunk(b'{"index":0,"delta":{},"finish_reason":"stop"}', b',"timings":{"predicted_n":4}'),
+]
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+@pytest.mark.parametrize("piece_bytes", [3, 64, 1 << 20])
+def test_a_stream_passes_byte_for_byte_wherever_the_network_cuts_it(
+    stack: Stack, upstream: ScriptedUpstream, is_chunked: bool, piece_bytes: int
+) -> None:
+    upstream.closes = not is_chunked
+    upstream.answer = stream(*ODD, TOTAL, DONE, piece_bytes=piece_bytes, is_chunked=is_chunked)
+    assert send(stack, ASKING)[1] == b"".join(ODD) + TOTAL + DONE
+    # The usage of a client that did not ask for it is hidden, and the same is billed.
+    assert send(stack, STREAM)[1] == b"".join(ODD) + DONE
+    events = read_events(stack.redis)
+    assert [(event.usage_source, event.input_tokens, event.output_tokens) for event in events] == [
+        ("provider_final", 11, 4)
+    ] * 2
+
+
+def test_lines_may_be_longer_than_any_buffer(stack: Stack, upstream: ScriptedUpstream) -> None:
+    long = [say(b"x" * 300_000), say(b"\\u00e9" * 70_000), STOP]
+    upstream.answer = stream(*long, TOTAL, DONE)
+    assert send(stack, STREAM)[1] == b"".join(long) + DONE
+
+
+@pytest.mark.parametrize(
+    ("line", "blank"),
+    [(b"data: %b\r\n", b"\r\n"), (b"data:%b\n", b"\n"), (b"id: 7\nevent: chunk\nretry: 1\ndata: %b\n", b"\n")],
+)
+def test_each_frame_goes_out_as_every_client_takes_it(
+    stack: Stack, upstream: ScriptedUpstream, line: bytes, blank: bytes
+) -> None:
+    frames = [b": ping\n\n", *SAID, TOTAL, DONE]
+    written = [line % frame[6:-2] + blank if frame.startswith(b"data: ") else frame for frame in frames]
+    upstream.answer = stream(*written)
+    assert send(stack, ASKING)[1] == b"".join(frames)
+    # The Python client dies of an id or a retry line with a comment behind it.
+    upstream.answer = stream(*written[:2], b"id: 1\nretry: 3\n\n", *written)
+    answer = stack.build_client().chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hi"}], stream=True
+    )
+    assert "".join(part.choices[0].delta.content or "" for part in answer) == "AA river"
+
+
+def test_chunks_are_flushed_and_comments_keep_alive(stack: Stack, upstream: ScriptedUpstream) -> None:
+    """The upstream goes on only when the client has what came before."""
+    frames = [b": keepalive\n\n", say(b"A"), b": keepalive\n\n", STOP]
+    seen = [threading.Event() for _ in frames]
+
+    def answer(_request: bytes) -> Iterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        for frame, event in zip(frames, seen, strict=True):
+            yield b"%x\r\n%b\r\n" % (len(frame), frame)
+            assert event.wait(5)
+        yield b"e\r\n%b\r\n0\r\n\r\n" % DONE
+
+    upstream.answer = answer  # type: ignore[assignment]
+    with open_call(stack, STREAM) as connection:
+        received = b""
+        for number in range(len(frames)):
+            while not received.endswith(
+                b"".join(b"%x\r\n%b\r\n" % (len(frame), frame) for frame in frames[: number + 1])
+            ):
+                received += connection.recv(65536)
+            seen[number].set()
+        while not received.endswith(b"e\r\n%b\r\n0\r\n\r\n" % DONE):
+            received += connection.recv(65536)
+
+
+@pytest.mark.parametrize(
+    ("frames", "shown"),
+    [
+        # vLLM's running counts, with the whole call's at the end.
+        (
+            [
+                say(b"A", b',"usage":{"prompt_tokens":11,"completion_tokens":%d,"total_tokens":%d}' % (n, 11 + n))
+                for n in (1, 2)
+            ]
+            + [TOTAL],
+            [say(b"A")] * 2,
+        ),
+        # llama.cpp's: with the finish reason.
+        ([say(b"A"), STOP[:-3] + b',"usage":%b}\n\n' % USAGE], [say(b"A"), STOP]),
+    ],
+)
+def test_usage_that_was_not_asked_for_is_cut_out(
+    stack: Stack, upstream: ScriptedUpstream, frames: list[bytes], shown: list[bytes]
+) -> None:
+    upstream.answer = stream(*frames, DONE)
+    assert send(stack, STREAM)[1] == b"".join(shown) + DONE
+    (event,) = read_events(stack.redis)
+    assert (event.usage_source, event.input_tokens, event.output_tokens) == ("provider_final", 11, 4)
+
+
+def test_running_counts_are_shown_to_who_asks_for_them(stack: Stack, upstream: ScriptedUpstream) -> None:
+    counted = [say(b"A", b',"usage":%b' % USAGE), TOTAL]
+    upstream.answer = stream(*counted, DONE)
+    options = b',"stream_options":{"include_usage":true,"continuous_usage_stats":true}}'
+    assert send(stack, STREAM[:-1] + options)[1] == b"".join(counted) + DONE
+    assert send(stack, ASKING)[1] == say(b"A") + TOTAL + DONE
+
+
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [
+        # A body that ends well, without [DONE]: no client would notice.
+        (b"", ("The upstream ended the stream before its end.", "server_error", None, "upstream_truncated")),
+        (
+            b'data: {"error":{"message":"The engine died.","type":"EngineError","param":null,"code":500}}\n\n' + DONE,
+            ("The engine died.", "EngineError", None, "upstream_error"),
+        ),
+        (
+            b'event: error\ndata: {"object":"error","message":"n","type":"BadRequestError","param":"n","code":400}\n\n',
+            ("n", "BadRequestError", "n", "invalid_request_error"),
+        ),
+    ],
+)
+def test_a_stream_that_fails_ends_with_an_error_and_without_done(
+    stack: Stack, upstream: ScriptedUpstream, end: bytes, error: tuple[str, ...]
+) -> None:
+    upstream.answer = stream(*SAID[:2], end)
+    head, received = send(stack, ASKING)
+    body = json.dumps(
+        {"error": dict(zip(("message", "type", "param", "code"), error, strict=True))}, separators=(",", ":")
+    )
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert received == b"".join(SAID[:2]) + b"data: %b\n\n" % body.encode()
+    assert [event.outcome for event in read_events(stack.redis)] == ["upstream_error"]
+
+
+def test_a_client_that_leaves_at_done_has_had_its_answer(stack: Stack, upstream: ScriptedUpstream) -> None:
+    """The upstream keeps its connection open, so the gateway sees the reset before anything else."""
+    hang = threading.Event()
+
+    def answer(_request: bytes) -> Iterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + b"".join([*SAID, TOTAL, DONE])
+        hang.wait(5)
+        yield b""
+
+    upstream.answer = answer  # type: ignore[assignment]
+    with open_call(stack, STREAM) as connection:
+        received = b""
+        while DONE not in received:
+            received += connection.recv(65536)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    hang.set()
+    time.sleep(0.2)
+    (event,) = wait_for_events(stack.redis, 1)
+    assert (event.outcome, event.usage_source, event.output_tokens) == ("completed", "provider_final", 4)
+    assert read_holds(stack.redis) == NO_HOLDS
+
+
+def test_a_stream_has_the_headers_of_a_stream(stack: Stack, upstream: ScriptedUpstream) -> None:
+    upstream.answer = stream(*SAID, TOTAL, DONE)
+    head, _ = send(stack, STREAM)
+    lines = head.split(b"\r\n")
+    assert lines[0] == b"HTTP/1.1 200 OK"
+    (event,) = read_events(stack.redis)
+    values = dict(line.split(b": ", 1) for line in lines[1:])
+    assert values.pop(b"date").endswith(b" GMT")
+    assert int(values.pop(b"openai-processing-ms")) <= event.total_us // 1000
+    assert values == {
+        b"x-request-id": event.call_id.encode(),
+        b"content-type": b"text/event-stream",
+        b"cache-control": b"no-cache",
+        b"x-accel-buffering": b"no",
+        b"transfer-encoding": b"chunked",
+        b"connection": b"close",
+    }
+
+
+def open_call(stack: Stack, body: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", stack.gateway.port), timeout=5)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\ncontent-length: %d\r\n\r\n"
+    connection.sendall(head % (stack.api_key.encode(), len(body)) + body)
+    return connection
