@@ -262,11 +262,11 @@ class GatewayApp:
 
     def _find_route(self, path: str) -> Route | None:
         route = self._routes.get(path)
-        if route is not None:
-            return route
-        if _read_name(path, MODELS_PATH):
+        if route is None and _add_version(path).startswith(f"{MODELS_PATH}/"):
             return self._model_route
-        return self._receipt_route if _read_name(path, USAGE_PATH) else None
+        if route is None and _add_version(path).startswith(f"{USAGE_PATH}/"):
+            return self._receipt_route
+        return route
 
     async def _serve_call(self, exchange: Exchange) -> None:
         catalog, caller, endpoint = exchange.catalog, exchange.caller, exchange.route.endpoint
@@ -308,7 +308,7 @@ class GatewayApp:
         await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode({"object": "list", "data": data}))
 
     async def _serve_model(self, exchange: Exchange) -> None:
-        name = _read_name(exchange.path, MODELS_PATH)
+        name = _add_version(exchange.path)[len(MODELS_PATH) + 1 :]
         for offer in exchange.catalog.list_offers(exchange.caller):
             if offer.model.name == name:
                 await exchange.send_whole(200, [JSON_TYPE], msgspec.json.encode(_describe_model(offer.model)))
@@ -325,7 +325,7 @@ class GatewayApp:
     async def _serve_receipt(self, exchange: Exchange) -> None:
         check_scope(exchange.caller, endpoint=BILLING_ENDPOINT)
         receipt = await self._receipts.get(
-            _read_name(exchange.path, USAGE_PATH),
+            _add_version(exchange.path)[len(USAGE_PATH) + 1 :],
             caller=exchange.caller,
             catalog=exchange.catalog,
             authorization=exchange.headers[b"authorization"],
@@ -394,14 +394,9 @@ def _build_unknown_url(exchange: Exchange) -> GatewayError:
     return GatewayError(404, "unknown_url", f"Unknown request URL: {exchange.method} {exchange.path}.")
 
 
-def _read_name(path: str, collection: str) -> str:
-    """Return what comes below a collection, which may have slashes; "" for another path. /v1 may be there or not.
-
-    >>> _read_name("/v1/models/meta/llama", "/v1/models"), _read_name("/models/x", "/v1/models")
-    ('meta/llama', 'x')
-    """
-    path = path if path.startswith("/v1/") else f"/v1{path}"
-    return path.removeprefix(f"{collection}/") if path.startswith(f"{collection}/") else ""
+def _add_version(path: str) -> str:
+    """Return the path as it is below a base URL that ends in /v1."""
+    return path if path.startswith("/v1/") else f"/v1{path}"
 
 
 def _build_method_not_allowed(exchange: Exchange, method: str) -> GatewayError:

@@ -375,7 +375,8 @@ class HttpConnection(asyncio.Protocol):
         """Answer the request that is being received with `error`, after those before it, and close."""
         exchange, self._incoming = self._incoming, None
         if exchange is None:
-            exchange = Exchange(self, "GET", "", {})
+            # Its path, as far as it is known, says in which API's shape.
+            exchange = Exchange(self, "GET", read_path(self._url) if self._has_begun else "", {})
         exchange.refusal = error
         exchange.is_kept_alive = False
         self._is_deaf = True
