@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.fakes.gateway_stack import MODEL, ServerProcess, build_gateway, read_events, read_stats
+from tests.fakes.gateway_stack import METRICS_TOKEN, MODEL, ServerProcess, build_gateway, read_events, read_stats
 from tests.gateway.conftest import Stack, wait_for_version
 from tests.gateway.test_wire import exchange
 
@@ -130,9 +130,12 @@ def test_the_official_client_names_models_with_slashes(slashed: Stack, prefix: s
 
 @pytest.mark.parametrize("path", PUBLIC)
 def test_what_needs_no_key_has_a_request_id_too(stack: Stack, path: str) -> None:
-    status, headers, _ = ask(stack, "GET", path, key="nonsense")
+    status, headers, _ = ask(stack, "GET", path, key=METRICS_TOKEN)
     assert status == 200
     assert len(headers["x-request-id"]) == 36
+    check_error(path, ask(stack, "POST", path), 405, "method_not_allowed")
+    if path == "/metrics":
+        check_error(path, ask(stack, "GET", path), 401, "invalid_metrics_token")
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
