@@ -10,12 +10,13 @@ from django.apps import apps
 from django.contrib.auth.models import Permission, User
 from django.test import Client
 
+from metering.catalog import store_catalog_snapshot
 from metering.core.attribution import QuarantineReason
 from metering.losses import accept_losses
 from metering.models import AcceptedLoss, QuarantinedEvent, SequenceGap
 from metering.quarantine import EXPLANATIONS
 from metering.services import roll_up
-from tests.metering.builders import build_event, send
+from tests.metering.builders import build_event, build_snapshot, send
 
 TABLES = (
     *("usageevent", "usagerollup", "sequencegap", "quarantinedevent", "conflictingevent", "deadletter"),
@@ -92,6 +93,16 @@ def test_void_needs_a_reason_and_a_permission(events: redis.Redis) -> None:
 
 def test_release_says_what_stays(events: redis.Redis) -> None:
     assert "1 stay held" in post_action(log_in(), "release", "look again")
+
+
+def test_release_is_on_record_with_who_and_why(metering: redis.Redis) -> None:
+    send(metering, [build_event(1, tenant_id=5)])
+    roll_up()
+    store_catalog_snapshot(build_snapshot(version=2, tenant_ids=(1, 2, 3, 4, 5)))
+    client = log_in("view_quarantinedevent", "change_quarantinedevent")
+    assert "1 rolled up, 0 were known already, 0 stay held." in post_action(client, "release", "the catalog has it")
+    row = QuarantinedEvent.objects.get()
+    assert (row.state, row.resolved_by, row.resolution_note) == ("RELEASED", "sam", "the catalog has it")
 
 
 def test_viewer_decides_nothing(events: redis.Redis) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -251,6 +254,19 @@ def test_file_of_version_1_verifies() -> None:
     assert (digest.facts["version"], digest.facts["tenants"]["1"]["events"]) == (1, 2)
     with pytest.raises(DigestError, match="was changed"):
         read_digest(data.replace(b"2026", b"2025", 1), key)
+
+
+def test_command_verifies_without_a_database(tmp_path: Path) -> None:
+    """Whoever has the public key needs nothing of ours but the program."""
+    samples = Path(__file__).parent / "samples"
+    forged = tmp_path / "forged.json"
+    forged.write_bytes((samples / "digest_version_1.json").read_bytes().replace(b"203", b"204"))
+    nowhere = {"TOLLBOOK_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none", "TOLLBOOK_DATA_DIR": str(tmp_path)}
+    key = ("--key", str(samples / "digest_version_1_key.pem"), "--json")
+    for path, code, is_valid in ((samples / "digest_version_1.json", 0, True), (forged, 1, False)):
+        command = [sys.executable, "manage.py", "verify_digest", str(path), *key]
+        done = subprocess.run(command, env=os.environ | nowhere, capture_output=True, check=False)
+        assert (done.returncode, json.loads(done.stdout)["is_valid"]) == (code, is_valid), done.stderr
 
 
 def test_file_of_an_unknown_version_is_refused(day: redis.Redis) -> None:
