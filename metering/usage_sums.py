@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any, NamedTuple
 
-from django.db import connection
+from django.db import connection, transaction
 
 from metering.core.aggregation import UsageSums
 from metering.core.windows import compute_call_id_bounds
 from metering.errors import UsageQuestionError
-from metering.retention.reading import list_exports
+from metering.retention.reading import create_exported_table, list_exports, load_exported_days
 
 GROUP_COLUMNS = (
     "tenant_id",
@@ -39,22 +39,34 @@ SUM_COLUMNS = (
 _CELL = ", ".join(GROUP_COLUMNS)
 _TOKENS = ", ".join(SUM_COLUMNS[1:])
 ROLLUPS = "metering_usage_rollup"
-# Has the columns of a rollup, and the hour (UTC) and labels of each call. Corrections count in the hour of their call.
-RAW_EVENTS = f"""(
-    SELECT date_trunc('hour', occurred_at, 'UTC') AS hour, detail->'labels' AS labels, {_CELL}, 1 AS calls, {_TOKENS}
-    FROM metering_usage_event
-    WHERE call_id >= %(call_id_min)s AND call_id < %(call_id_end)s AND tenant_id = ANY(%(raw_tenant_ids)s)
-    UNION ALL
-    SELECT date_trunc('hour', correction.occurred_at, 'UTC'), (
-            SELECT event.detail->'labels' FROM metering_usage_event event
-            WHERE event.call_id = correction.call_id
-                AND event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s
-        ), {", ".join(f"delta.{name}" for name in (*GROUP_COLUMNS, *SUM_COLUMNS))}
-    FROM metering_correction_delta delta
-    JOIN metering_usage_correction correction ON correction.id = delta.correction_id
-    WHERE delta.usage_on >= %(period_start)s AND delta.usage_on < %(period_end)s
-        AND delta.tenant_id = ANY(%(raw_tenant_ids)s)
-)"""
+# Of days that were exported, hours and labels are read from files: as long as that takes seconds.
+EXPORTED_EVENTS_MAX = 3_000_000
+
+
+def _build_raw_source(events: str) -> str:
+    """Return what has the columns of a rollup, and the hour (UTC) and labels of each call, out of `events`.
+
+    Corrections count in the hour of their call.
+    """
+    return f"""(
+        SELECT date_trunc('hour', occurred_at, 'UTC') AS hour, detail->'labels' AS labels, {_CELL}, 1 AS calls,
+            {_TOKENS}
+        FROM {events} event
+        WHERE call_id >= %(call_id_min)s AND call_id < %(call_id_end)s AND tenant_id = ANY(%(raw_tenant_ids)s)
+        UNION ALL
+        SELECT date_trunc('hour', correction.occurred_at, 'UTC'), (
+                SELECT event.detail->'labels' FROM {events} event
+                WHERE event.call_id = correction.call_id
+                    AND event.call_id >= %(call_id_min)s AND event.call_id < %(call_id_end)s
+            ), {", ".join(f"delta.{name}" for name in (*GROUP_COLUMNS, *SUM_COLUMNS))}
+        {_CORRECTED}
+    )"""
+
+
+_CORRECTED = """FROM metering_correction_delta delta
+        JOIN metering_usage_correction correction ON correction.id = delta.correction_id
+        WHERE delta.usage_on >= %(period_start)s AND delta.usage_on < %(period_end)s
+            AND delta.tenant_id = ANY(%(raw_tenant_ids)s)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,29 +167,48 @@ def select_usage(
 ) -> list[tuple[Any, ...]]:
     """Return rows of the groupings' values and the sums, in the order of the groupings; `is_raw` reads raw events.
 
-    Raises UsageQuestionError where `is_raw` and raw events of the days were exported: an answer would lack them.
+    Of exported days raw events are read from their files. Raises UsageQuestionError where these are too large,
+    ExportUnreadableError.
     """
-    source = RAW_EVENTS if is_raw else ROLLUPS
-    sql, parameters = build_usage_query(usage_filter, group_by, source=source, after=after, rows_max=rows_max)
-    bounds = (date.max, date.max)
     if is_raw:
-        assert usage_filter.period_start is not None
-        assert usage_filter.period_end is not None
-        # A day of any zone lies within the UTC days around it.
-        bounds = (usage_filter.period_start - timedelta(days=1), usage_filter.period_end + timedelta(days=1))
-        call_id_min, call_id_end = compute_call_id_bounds(*bounds)
-        parameters |= {"call_id_min": call_id_min, "call_id_end": call_id_end}
-        parameters["raw_tenant_ids"] = list(usage_filter.tenant_ids or ())
+        return _select_raw(usage_filter, group_by, after=after, rows_max=rows_max)
+    sql, parameters = build_usage_query(usage_filter, group_by, after=after, rows_max=rows_max)
     with connection.cursor() as cursor:
         cursor.execute(sql, parameters)
-        rows = cursor.fetchall()
-    # Looked up after the events were read: a day that was detached meanwhile is seen here.
-    exports = list_exports(*bounds) if is_raw else []
-    if exports:
+        return cursor.fetchall()
+
+
+def _select_raw(usage_filter: UsageFilter, group_by: Sequence[Grouping], **page: Any) -> list[tuple[Any, ...]]:
+    assert usage_filter.period_start is not None
+    assert usage_filter.period_end is not None
+    # A day of any zone lies within the UTC days around it.
+    bounds = (usage_filter.period_start - timedelta(days=1), usage_filter.period_end + timedelta(days=1))
+    call_id_min, call_id_end = compute_call_id_bounds(*bounds)
+    tenant_ids = list(usage_filter.tenant_ids or ())
+    raw = {"call_id_min": call_id_min, "call_id_end": call_id_end, "raw_tenant_ids": tenant_ids}
+    with transaction.atomic(), connection.cursor() as cursor:
+        # No day leaves the table between the look for exports and the reading.
+        cursor.execute("LOCK TABLE metering_usage_event IN ACCESS SHARE MODE")
+        _check_exports(*bounds)
+        period = {"period_start": usage_filter.period_start, "period_end": usage_filter.period_end}
+        cursor.execute(f"SELECT DISTINCT correction.call_id {_CORRECTED}", raw | period)
+        corrected = [call_id for (call_id,) in cursor.fetchall()]
+        create_exported_table()
+        events = load_exported_days(*bounds, tenant_ids=tenant_ids, call_ids=corrected)
+        sql, parameters = build_usage_query(usage_filter, group_by, source=_build_raw_source(events), **page)
+        cursor.execute(sql, parameters | raw)
+        return cursor.fetchall()
+
+
+def _check_exports(first_day: date, end_day: date) -> None:
+    """Raise UsageQuestionError where the exports of these UTC days are too large to be read for one answer."""
+    exports = list_exports(first_day, end_day)
+    if sum(export.event_count for export in exports) > EXPORTED_EVENTS_MAX:
         raise UsageQuestionError(
-            "start", f"the calls of {exports[0].day} are kept in an export: ask by day, without hours and labels"
+            "start",
+            f"the calls of {exports[0].day} are kept in an export, and so many cannot be read now: ask for fewer days, "
+            "or by day without hours and labels",
         )
-    return rows
 
 
 @dataclass(frozen=True, slots=True)

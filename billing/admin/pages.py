@@ -18,7 +18,7 @@ from billing.admin.trial_balance import build_trial_balance_tables
 from billing.core.periods import Month
 from billing.models import Book, Tenant
 from billing.selectors.ledger import get_trial_balance, get_trial_balance_difference
-from metering.errors import UsageQuestionError
+from metering.errors import ExportUnreadableError, UsageQuestionError
 from metering.usage_report import DIMENSIONS, QUANTITIES, UsageQuestion, list_usage_page
 
 CHOICES_SHOWN_MAX = 2_000
@@ -79,7 +79,7 @@ class UsageView(UnfoldSiteViewMixin, TemplateView):
         )
         try:
             rows = list_usage_page(_build_question(asked), rows_max=ROWS_SHOWN_MAX + 1).rows
-        except UsageQuestionError as error:
+        except (UsageQuestionError, ExportUnreadableError) as error:
             return context | {"error": str(error)}
         query = self.request.GET.copy()
         query["format"] = "csv"
@@ -108,7 +108,7 @@ class UsageView(UnfoldSiteViewMixin, TemplateView):
         asked = self._read_question()
         try:
             rows = list_usage_page(_build_question(asked), rows_max=CSV_ROWS_MAX).rows
-        except UsageQuestionError as error:
+        except (UsageQuestionError, ExportUnreadableError) as error:
             return HttpResponse(str(error), status=400, content_type="text/plain")
         text = io.StringIO()
         writer = csv.DictWriter(text, (*asked["by"], *QUANTITIES))

@@ -132,10 +132,12 @@ def _group_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
     yield pa.Table.from_batches(waiting, schema=SCHEMA)
 
 
-def iterate_csv(path: Path, call_ids: Sequence[uuid.UUID] | None = None) -> Iterator[bytes]:
-    """Yield the events of a file as CSV without a header, all or those of `call_ids`."""
+def iterate_csv(
+    path: Path, call_ids: Sequence[uuid.UUID] | None = None, tenant_ids: Sequence[int] | None = None
+) -> Iterator[bytes]:
+    """Yield the events of a file as CSV without a header: all, or those of `call_ids` and those of `tenant_ids`."""
     options = pa_csv.WriteOptions(include_header=False)
-    for table in _iterate_tables(path, call_ids):
+    for table in _iterate_tables(path, call_ids, tenant_ids):
         columns = table.set_column(0, "call_id", _format_ids(table.column(0)))
         sink = io.BytesIO()
         pa_csv.write_csv(columns, sink, options)
@@ -156,20 +158,26 @@ def _format_ids(column: pa.ChunkedArray) -> pa.Array:
     return pa.array([data[start : start + 16].hex() for start in range(0, len(data), 16)], pa.string())
 
 
-def _iterate_tables(path: Path, call_ids: Sequence[uuid.UUID] | None) -> Iterator[pa.Table]:
-    """The row groups of a file; with `call_ids`, the rows of those, out of the groups that can hold them."""
+def _iterate_tables(
+    path: Path, call_ids: Sequence[uuid.UUID] | None, tenant_ids: Sequence[int] | None = None
+) -> Iterator[pa.Table]:
+    """The row groups of a file, or what of them is wanted. Calls alone are looked for where they can be."""
     with pq.ParquetFile(path) as file:
         if not file.schema_arrow.equals(SCHEMA):
             raise pa.ArrowInvalid(f"{path.name} has another schema than an export of raw events")
         for number in range(file.num_row_groups):
-            if call_ids is None:
+            if call_ids is None and tenant_ids is None:
                 yield file.read_row_group(number)
                 continue
-            wanted = _select_ids(file.metadata.row_group(number).column(0).statistics, call_ids)
-            if not wanted:
+            wanted = _select_ids(file.metadata.row_group(number).column(0).statistics, call_ids or ())
+            if not wanted and tenant_ids is None:
                 continue
             table = file.read_row_group(number)
-            found = table.filter(pc.is_in(table.column(0), pa.array([i.bytes for i in wanted], pa.binary(16))))
+            is_wanted = pc.is_in(table.column(0), pa.array([i.bytes for i in wanted], pa.binary(16)))
+            if tenant_ids is not None:
+                of_tenants = pc.is_in(table.column("tenant_id"), pa.array(tenant_ids, pa.int64()))
+                is_wanted = pc.or_(is_wanted, of_tenants)
+            found = table.filter(is_wanted)
             if found.num_rows:
                 yield found
 

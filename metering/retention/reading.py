@@ -87,11 +87,18 @@ def create_exported_table() -> None:
         cursor.execute(CREATE_EXPORTED_TABLE)
 
 
-def load_exported_days(first_day: date, end_day: date) -> str:
+def load_exported_days(
+    first_day: date,
+    end_day: date,
+    *,
+    tenant_ids: Sequence[int] | None = None,
+    call_ids: Sequence[uuid.UUID] | None = None,
+) -> str:
     """Return what to write after FROM to read all events of these UTC days, in the caller's transaction.
 
-    Where days were exported, their files are loaded into a temporary table first (`create_exported_table`). The
-    caller has locked `metering_usage_event` (ACCESS SHARE), or no day can be detached meanwhile for another reason.
+    Where days were exported, their files are loaded into a temporary table first (`create_exported_table`): all, or
+    the events of `tenant_ids` and those of `call_ids`. The caller has locked `metering_usage_event` (ACCESS SHARE),
+    or no day can be detached meanwhile for another reason. Raises ExportUnreadableError.
     """
     exports = list_exports(first_day, end_day)
     if not exports:
@@ -100,12 +107,17 @@ def load_exported_days(first_day: date, end_day: date) -> str:
         cursor.execute(f"DELETE FROM {EXPORTED_TABLE}")
     for export in exports:
         check_file(export)
-        copy_into(EXPORTED_TABLE, export)
+        copy_into(EXPORTED_TABLE, export, call_ids, tenant_ids)
     return ALL_EVENTS
 
 
-def copy_into(table: str, export: ExportedDay, call_ids: Sequence[uuid.UUID] | None = None) -> None:
-    """COPY the events of an export into a table with its columns, all or those of `call_ids`."""
+def copy_into(
+    table: str,
+    export: ExportedDay,
+    call_ids: Sequence[uuid.UUID] | None = None,
+    tenant_ids: Sequence[int] | None = None,
+) -> None:
+    """COPY the events of an export into a table with its columns: all, or those of `call_ids` and of `tenant_ids`."""
     import pyarrow
 
     from metering.retention import parquet_files
@@ -113,7 +125,7 @@ def copy_into(table: str, export: ExportedDay, call_ids: Sequence[uuid.UUID] | N
     with connection.cursor() as cursor:
         try:
             with cursor.copy(f"COPY {table} ({', '.join(parquet_files.NAMES)}) FROM STDIN (FORMAT CSV)") as copy:
-                for chunk in parquet_files.iterate_csv(get_export_folder() / export.path, call_ids):
+                for chunk in parquet_files.iterate_csv(get_export_folder() / export.path, call_ids, tenant_ids):
                     copy.write(chunk)
         except (OSError, pyarrow.ArrowException) as error:
             raise _build_error(export, error) from error

@@ -127,6 +127,8 @@ def test_exported_day_counts_answers_and_verifies_as_before(old_days: tuple[redi
     rows = {row.call_id: describe(row) for row in UsageEventRow.objects.all()}
     sums = sum_usage(UsageFilter())
     digest = write_digest(FIRST)
+    by_hour = UsageQuestion(start=FIRST, end=FIRST + timedelta(days=1), by=("hour", "label.team"), tenant_id=1)
+    hours = list_usage_page(by_hour, rows_max=10).rows
     assert export(is_dry_run=True) == [(FIRST + timedelta(days=n), DayState.DUE, 0) for n in range(2)]
     assert export() == [(FIRST + timedelta(days=n), DayState.EXPORTED, 30) for n in range(2)]
     assert export() == []
@@ -146,10 +148,37 @@ def test_exported_day_counts_answers_and_verifies_as_before(old_days: tuple[redi
     report = verify_period(*MONTH)
     assert (report.differences, report.events) == ([], 60)
     assert list_changes(digest) == []
-    question = UsageQuestion(start=FIRST, end=FIRST + timedelta(days=1), by=("day",), tenant_id=1)
-    assert list_usage_page(question, rows_max=10).rows[0]["calls"] > 0
-    with pytest.raises(UsageQuestionError, match=f"the calls of {FIRST} are kept in an export"):
-        list_usage_page(replace(question, by=("hour",)), rows_max=10)
+    assert list_usage_page(by_hour, rows_max=10).rows == hours
+    assert sum(row["calls"] for row in hours) == 30
+    assert list_usage_page(replace(by_hour, tenant_id=2), rows_max=10).rows == []
+
+
+def test_hours_of_corrected_calls_are_answered_from_exports(
+    old_days: tuple[redis.Redis, list[UsageEvent]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the call was moved to a tenant whose events the file is not read for: its labels are there."""
+    _, events = old_days
+    labelled = next(event for event in events if event.labels)
+    export()
+    moved = CorrectionRequest(
+        kind=CorrectionKind.AMEND,
+        idempotency_key="move",
+        reason="wrong key",
+        call_id=uuid.UUID(labelled.call_id),
+        tenant="tenant-2",
+        api_key="key2",
+    )
+    record_correction(moved, actor_name="ann")
+    (name, value), *_ = labelled.labels.items()
+    day = datetime.fromtimestamp(labelled.occurred_at_us // 1_000_000, UTC).date()
+    question = UsageQuestion(start=day - timedelta(days=1), end=day + timedelta(days=2), by=(f"label.{name}",))
+    rows = list_usage_page(replace(question, tenant_id=2), rows_max=10).rows
+    assert [(row[f"label.{name}"], row["calls"], row["input_tokens"]) for row in rows] == [
+        (value, 1, labelled.input_tokens)
+    ]
+    monkeypatch.setattr("metering.usage_sums.EXPORTED_EVENTS_MAX", 29)
+    with pytest.raises(UsageQuestionError, match=f"the calls of {FIRST} are kept in an export, and so many"):
+        list_usage_page(replace(question, tenant_id=2), rows_max=10)
 
 
 def test_file_is_sorted_typed_and_has_statistics(

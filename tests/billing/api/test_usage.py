@@ -113,14 +113,17 @@ def test_hours_are_of_raw_events(acme):
     assert acme.get(USAGE, asked | {"by": "label.team"}).json()["results"][0]["label.team"] == ""
 
 
-def test_hours_of_days_that_are_exported_are_refused(acme):
+def test_hours_of_exports_that_are_too_large_are_refused(acme):
     sums = ("input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens")
-    facts = dict.fromkeys(("part", "file_bytes", "event_count", *sums), 1)
+    facts = dict.fromkeys(("part", "file_bytes", *sums), 1) | {"event_count": 3_000_001}
     export = ExportedDay.objects.create(day=date(2026, 11, 3), path="x", sha256="", content_sha256="", **facts)
     DetachedPartition.objects.create(export=export)
     asked = {"start": "2026-11-01", "end": "2026-11-08", "by": "hour"}
     assert acme.get(USAGE, asked).json() == {
-        "start": ["the calls of 2026-11-03 are kept in an export: ask by day, without hours and labels"]
+        "start": [
+            "the calls of 2026-11-03 are kept in an export, and so many cannot be read now: ask for fewer days, "
+            "or by day without hours and labels"
+        ]
     }
     assert acme.get(USAGE, asked | {"start": "2026-11-05"}).status_code == 200
     assert acme.get(USAGE, asked | {"by": "day"}).status_code == 200
