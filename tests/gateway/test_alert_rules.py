@@ -1,4 +1,4 @@
-"""The alert rules of deploy/prometheus name metrics, labels and values that are really shown."""
+"""The README lists what `/metrics` shows, and alert rules name metrics, labels and values that are really shown."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.fakes.metrics import read_metrics
 from tests.gateway.conftest import Stack
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "prometheus"
+README = Path(__file__).parents[2] / "gateway" / "README.md"
 RULES = [rule for group in yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
 METRIC = re.compile(r"\b(tollbook_\w+)(?:\{([^}]*)\})?")
 TARGET_LABELS = {"instance", "job"}
@@ -41,6 +42,19 @@ def shown(stack: Stack, tmp_path: Path, db: None) -> dict[str, set[str]]:
     for family in text_string_to_metric_families(render_metrics().decode()):
         labels[family.name] = {label for sample in family.samples for label in sample.labels}
     return labels
+
+
+def test_the_gateways_readme_lists_its_metrics_and_their_labels(shown: dict[str, set[str]]) -> None:
+    documented: dict[str, set[str]] = {}
+    for names, labels in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|(.*?)\| .* \|$", README.read_text(), re.MULTILINE):
+        audit = {"gen_ai_provider_name", "gen_ai_request_model"} if labels.startswith(" the same") else set()
+        for name in re.findall(r"`(\w+)`", names):
+            documented[f"tollbook_gateway_{name}"] = audit | set(re.findall(r"`(\w+)`", labels))
+    assert documented == {
+        name.removesuffix("_count"): labels - {"worker"}
+        for name, labels in shown.items()
+        if name.startswith("tollbook_gateway_") and not name.endswith(("_bucket", "_sum"))
+    }
 
 
 def test_every_metric_and_label_of_a_rule_exists(shown: dict[str, set[str]]) -> None:
