@@ -125,18 +125,22 @@ class GatewayApp:
     async def serve(self, exchange: Exchange) -> None:
         """Answer one exchange."""
         try:
-            if exchange.refusal is not None:
-                raise exchange.refusal
-            await exchange.route.serve(exchange)
+            if exchange.refusal is None:
+                await exchange.route.serve(exchange)
+            else:
+                self._refuse(exchange, exchange.refusal)
         except GatewayError as error:
-            self._telemetry.error_answers.add(1, (str(error.status), error.code))
-            send_error(exchange, error)
+            self._refuse(exchange, error)
         except Exception:
             log.exception("request %s failed inside the gateway", exchange.call_id)
             if exchange.has_started:
                 exchange.cut()
             else:
                 send_error(exchange, GatewayError(500, "internal_error", "The gateway failed.", type=SERVER))
+
+    def _refuse(self, exchange: Exchange, error: GatewayError) -> None:
+        self._telemetry.error_answers.add(1, (str(error.status), error.code))
+        send_error(exchange, error)
 
     # Life
 

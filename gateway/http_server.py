@@ -74,7 +74,7 @@ class HttpConnection(asyncio.Protocol):
         self._connections = connections
         self._tasks = tasks
         self._loop = asyncio.get_running_loop()
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport = None  # type: ignore[assignment]
         # The exchange that is being received, the one that is being answered, and those that wait for their turn.
         self._incoming: Exchange | None = None
@@ -162,6 +162,8 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(self)
+        # The two know each other: the collector, which comes rarely, need not find them, and half a body.
+        self._parser = None
         self._leave()
 
     def eof_received(self) -> None:
@@ -236,7 +238,8 @@ class HttpConnection(asyncio.Protocol):
         try:
             self._application.check_head(exchange)
         except GatewayError as error:
-            exchange.refusal = error
+            # An error knows the frames that it went through, and with them the exchange.
+            exchange.refusal = error.with_traceback(None)
             return
         if length is not None and int(length) > self.body_bytes_max:
             self._refuse_body(exchange)
@@ -377,7 +380,7 @@ class HttpConnection(asyncio.Protocol):
         if exchange is None:
             # Its path, as far as it is known, says in which API's shape.
             exchange = Exchange(self, "GET", read_path(self._url) if self._has_begun else "", {})
-        exchange.refusal = error
+        exchange.refusal = error.with_traceback(None)
         exchange.is_kept_alive = False
         self._is_deaf = True
         self._take(exchange)

@@ -293,14 +293,17 @@ class Relay:
         try:
             await connection.relay_body(self._relay_piece)
         except UpstreamConnectionError as error:
-            failed_with = error
+            # Without the frames that it went through, which know it: a circle with the whole call in it.
+            failed_with = error.with_traceback(None)
         finally:
             exchange.set_pause_callback(None)
         result = meter.finish()
         # A client that leaves stops the upstream (`abort`), or the answer is read on for its count (`drain`).
         was_stopped = failed_with is not None and failed_with.code == CLIENT_GONE
         if not was_stopped and (result.error is not None or failed_with is not None or not result.is_complete):
-            await self._fail_stream(upstream, result, failed_with)
+            if not exchange.has_started:
+                raise _build_stream_failure(result, failed_with)
+            await self._fail_stream(upstream, result, _build_stream_failure(result, failed_with))
             return
         self._note_success(upstream)
         if self._is_gone:
@@ -338,20 +341,8 @@ class Relay:
         if meter.is_done:
             connection.stop_relaying()
 
-    async def _fail_stream(
-        self, upstream: UpstreamRecord, result: CallResult, failed_with: UpstreamConnectionError | None
-    ) -> None:
-        """End a stream that broke: the next upstream before the first byte, an error frame without [DONE] after it."""
-        if result.error is not None:
-            code = result.error.code or "upstream_error"
-            attempt = AttemptFailedError(code, result.error, status=200, is_exposed=True)
-        else:
-            broken = failed_with or UpstreamConnectionError(
-                "upstream_truncated", "The upstream ended the stream before its end."
-            )
-            attempt = _build_connection_failure(broken, status=200)
-        if not self._exchange.has_started:
-            raise attempt
+    async def _fail_stream(self, upstream: UpstreamRecord, result: CallResult, attempt: AttemptFailedError) -> None:
+        """End a stream that broke behind its first byte: an error frame, and no [DONE]."""
         await self._note_failure(upstream, attempt, result=result)
         await self._settle(_build_failed_verdict(result))
         await self._exchange.finish_stream(_build_error_frame(_build_upstream_error(attempt.failure)))
@@ -476,6 +467,13 @@ def _build_connection_failure(error: UpstreamConnectionError, *, status: int = 0
     answered = 504 if error.code == "upstream_timeout" else 502
     failure = UpstreamFailure(answered, error.code, SERVER, str(error), is_retryable=True)
     return AttemptFailedError(error.code, failure, status=status, is_exposed=error.code != "upstream_unreachable")
+
+
+def _build_stream_failure(result: CallResult, failed_with: UpstreamConnectionError | None) -> AttemptFailedError:
+    if result.error is not None:
+        return AttemptFailedError(result.error.code or "upstream_error", result.error, status=200, is_exposed=True)
+    truncated = UpstreamConnectionError("upstream_truncated", "The upstream ended the stream before its end.")
+    return _build_connection_failure(failed_with or truncated, status=200)
 
 
 def _build_failed_verdict(result: CallResult = _NO_RESULT) -> Verdict:

@@ -12,6 +12,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -66,7 +67,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._pool = pool
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         # The body as far as nobody has taken it, and how much of it there was.
         self._body: bytes | bytearray = b""
         self._buffered = 0
@@ -165,6 +166,8 @@ class UpstreamConnection(asyncio.Protocol):
         """Give the connection back; it is kept for the next call if the exchange ended as the protocol wants."""
         self._pool.active.discard(self)
         self._go_on()
+        # An error knows the frames that it went through, and with them the whole call.
+        self._failure = self._broken = None
         if self._is_complete and not self._is_closed and not self._body:
             self._pool.keep(self)
         else:
@@ -206,6 +209,8 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         was_idle = self._is_complete
         self._is_closed = True
+        # The two know each other: the collector, which comes rarely, need not find them.
+        self._parser = None
         if was_idle:
             self._pool.forget(self)
             return

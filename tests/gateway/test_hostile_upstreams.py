@@ -186,19 +186,19 @@ def reset_at_once(listener: socket.socket) -> None:
 
 def test_a_connection_that_is_lost_before_it_is_used_fails_at_once() -> None:
     async def main() -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=reset_at_once, args=(listener,), daemon=True).start()
-        pool = UpstreamPool()
-        connection = await pool.connect(parse_origin(f"http://127.0.0.1:{listener.getsockname()[1]}"))
-        await asyncio.sleep(0.1)
-        connection.send(REQUEST, timeout_s=30)
-        async with asyncio.timeout(1):
-            with pytest.raises(UpstreamConnectionError) as caught:
-                await connection.read_head()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            pool = UpstreamPool()
+            connection = await pool.connect(parse_origin(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+            peer, _address = listener.accept()
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.close()
+            await asyncio.sleep(0.1)
+            connection.send(REQUEST, timeout_s=30)
+            async with asyncio.timeout(1):
+                with pytest.raises(UpstreamConnectionError) as caught:
+                    await connection.read_head()
         assert (caught.value.code, caught.value.was_reused) == ("upstream_unreachable", False)
         await pool.close()
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
 
     uvloop.run(main())
 
