@@ -33,7 +33,10 @@ def test_null_and_missing_details_are_zero():
 
 
 def test_reasoning_at_the_top_level():
-    assert read({"prompt_tokens": 8, "completion_tokens": 9, "reasoning_tokens": 4}).reasoning_tokens == 4
+    usage = {"prompt_tokens": 8, "completion_tokens": 9, "reasoning_tokens": 4}
+    assert read(usage).reasoning_tokens == 4
+    # What the details say comes first, also where they say none.
+    assert read({**usage, "completion_tokens_details": {"reasoning_tokens": 0}}).reasoning_tokens == 0
 
 
 def test_embeddings_have_no_output():
@@ -83,6 +86,10 @@ def test_embeddings_have_no_output():
         pytest.param(
             {"prompt_tokens": 8, "completion_tokens": 9, "prompt_tokens_details": [1]}, id="details_are_a_list"
         ),
+        pytest.param(
+            {"prompt_tokens": 8, "completion_tokens": 9, "completion_tokens_details": [1]},
+            id="output_details_are_a_list",
+        ),
     ],
 )
 def test_not_believed(usage):
@@ -98,6 +105,18 @@ def test_bounds_are_inclusive():
 def test_each_choice_may_fill_the_window():
     assert read({"prompt_tokens": 8, "completion_tokens": 16_384}, choices_count=2) == ReportedUsage(8, 16_384)
     assert read({"prompt_tokens": 8, "completion_tokens": 16_385}, choices_count=2) is None
+
+
+def test_an_unknown_number_of_choices_does_not_bound_the_output():
+    usage = {"prompt_tokens": 8, "completion_tokens": 16_385}
+    assert read(usage, choices_count=0) == ReportedUsage(8, 16_385)
+    assert read_openai_usage(usage, context_tokens_max=8192) == ReportedUsage(8, 16_385)
+    assert read({"prompt_tokens": 8193}, choices_count=0) is None
+
+
+def test_the_smallest_window_is_one():
+    assert read({"prompt_tokens": 1, "completion_tokens": 1}, context_tokens_max=1) == ReportedUsage(1, 1)
+    assert read({"prompt_tokens": 2, "completion_tokens": 1}, context_tokens_max=1) is None
 
 
 def test_unknown_window_still_has_a_bound():
