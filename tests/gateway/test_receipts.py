@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 from gateway.contract.receipt import Receipt, ReceiptState, ReceiptTokens
-from gateway.contract.streams import EVENT_FIELD, get_stream_key
-from gateway.contract.usage_event import UsageEvent, build_call_id, to_wire
+from gateway.contract.streams import EVENT_FIELD, SUPERSEDED_FIELD, get_stream_key
+from gateway.contract.usage_event import Attempt, UsageEvent, build_call_id, to_wire
 from tests.fakes.gateway_stack import MODEL, MODEL_ID, ServerProcess, build_gateway, read_events, wait_for_events
 from tests.gateway.conftest import Stack, wait_for_version
 
@@ -206,6 +206,55 @@ def test_usage_that_nobody_knows_is_not_shown_as_none(stack: Stack) -> None:
     event = add_event(stack, outcome="abandoned", usage_source="estimated")
     receipt = get_receipt(stack, event.call_id)[1]
     assert (receipt["outcome"], receipt["tokens"], receipt["cost"]) == ("abandoned", None, None)
+
+
+def test_an_event_shows_all_kinds_of_token_and_no_attempt_that_was_not_made(stack: Stack) -> None:
+    counts = {"input_tokens": 100, "cached_input_tokens": 10, "cache_write_tokens": 5, "output_tokens": 20}
+    event = add_event(stack, **counts, reasoning_tokens=3, outcome="client_aborted", upstream_id=9)
+    receipt = get_receipt(stack, event.call_id)[1]
+    assert receipt["tokens"] == {"input": 100, "cached_input": 10, "cache_write": 5, "output": 20, "reasoning": 3}
+    # 85 at 1, 10 cached at 0.5, 5 written at 1, 17 at 2 and 3 at 2 USD per million.
+    assert receipt["cost"]["amount"] == "0.000135"
+    assert [charge["quantity_tokens"] for charge in receipt["cost"]["charges"]] == [85, 10, 5, 17, 3]
+    assert (receipt["attempts"], receipt["finish_reason"], receipt["provider_request_id"]) == ([], None, None)
+    # An upstream that has left the catalog has no name.
+    attempts = (Attempt(9, "upstream_timeout"), Attempt(1, "completed", 200))
+    event = add_event(stack, attempts=attempts)
+    shown = get_receipt(stack, event.call_id)[1]["attempts"]
+    assert [(attempt["upstream"] == "", attempt["outcome"]) for attempt in shown] == [
+        (True, "upstream_timeout"),
+        (stack.catalog.upstreams[0].slug == "", "completed"),
+    ]
+
+
+def test_an_entry_that_only_names_a_call_is_not_its_event(stack: Stack) -> None:
+    """Another call's label, a filler, and bytes that are no event."""
+    now_us = time.time_ns() // 1000
+    call_id = build_call_id(now_us, b"\xff" * 10)
+    own = UsageEvent(
+        call_id=call_id,
+        producer="gw-test",
+        seq=2,
+        tenant_id=1,
+        api_key_id=1,
+        served_model_id=MODEL_ID,
+        provider_id=101,
+        upstream_id=1,
+        occurred_at_us=now_us,
+        outcome="completed",
+        usage_source="provider_final",
+    )
+    add_event(stack, labels={"user": call_id})
+    stack.redis.xadd(get_stream_key(1), {SUPERSEDED_FIELD: to_wire(own)})
+    stack.redis.xadd(get_stream_key(1), {EVENT_FIELD: call_id.encode()})
+    assert get_code(stack, call_id) == (404, "receipt_not_available")
+    stack.redis.xadd(get_stream_key(1), {EVENT_FIELD: to_wire(own)})
+    assert get_receipt(stack, call_id)[1]["state"] == "settled"
+
+
+def test_a_call_that_came_a_little_before_the_servers_clock_says_so_is_found(stack: Stack) -> None:
+    event = add_event(stack, age_us=-1_500_000)
+    assert get_receipt(stack, event.call_id)[1]["state"] == "settled"
 
 
 def test_calls_of_other_tenants_are_not_found(asking: Stack) -> None:

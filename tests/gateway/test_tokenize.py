@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import urllib.error
@@ -13,9 +14,12 @@ from typing import Any
 import openai
 import pytest
 
-from gateway.tokenization import build_text
-from gateway.tokenizer import encode
-from tests.fakes.gateway_stack import MODEL, read_events, read_stats
+from gateway import tokenizer
+from gateway.contract.catalog_snapshot import ServedModelRecord
+from gateway.errors import GatewayError
+from gateway.tokenization import BODY_BYTES_MAX, Tokenization, build_text
+from gateway.tokenizer import TEXT_CHARACTERS_MAX, encode
+from tests.fakes.gateway_stack import MODEL, Catalog, read_events, read_stats
 from tests.gateway import hugging_face_tokenizer
 from tests.gateway.conftest import Stack
 
@@ -97,6 +101,7 @@ def test_tokens_are_those_of_an_independent_tokenizer() -> None:
         ({"messages": []}, 400, "invalid_tokenize_request"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "invalid_tokenize_request"),
         ({"prompt": "Hi", "add_special_tokens": "no"}, 400, "invalid_tokenize_request"),
+        ({"messages": HI, "add_generation_prompt": 1}, 400, "invalid_tokenize_request"),
         ({"prompt": "Hi", "return_token_strs": True}, 400, "invalid_tokenize_request"),
         ({"messages": HI, "continue_final_message": True}, 400, "invalid_tokenize_request"),
         ({"messages": HI, "chat_template": "{{ x }}"}, 400, "invalid_tokenize_request"),
@@ -109,6 +114,49 @@ def test_tokens_are_those_of_an_independent_tokenizer() -> None:
 def test_what_cannot_be_tokenized_is_refused(tokenizing: Stack, body: dict | bytes, status: int, code: str) -> None:
     answered, answer, _headers = tokenize(tokenizing, body)
     assert (answered, answer["error"]["code"]) == (status, code)
+
+
+def test_bounds_are_inclusive(tokenizing: Stack) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "Hi"}).encode()
+    assert tokenize(tokenizing, body + b" " * (BODY_BYTES_MAX - len(body)))[0] == 200
+    text = "a" * TEXT_CHARACTERS_MAX
+    assert build_text({"prompt": text, "add_special_tokens": False}, "llama3") == text
+    with pytest.raises(GatewayError, match="longer than 2000000 characters"):
+        build_text({"prompt": text + "a", "add_special_tokens": False}, "llama3")
+
+
+def build_model() -> ServedModelRecord:
+    catalog = Catalog()
+    catalog.add_model()
+    return catalog.served_models[0]
+
+
+def test_two_of_a_tenant_and_four_in_all_are_tokenized_at_a_time() -> None:
+    tokenization, model = Tokenization(), build_model()
+
+    async def ask(tenant_id: int, body: dict) -> str | tuple[int, str]:
+        try:
+            answer = await tokenization.tokenize(body, model, tenant_id=tenant_id)
+        except GatewayError as error:
+            return (error.status, error.type) if error.code == "tokenizer_busy" else error.code
+        return f"{answer.count} {answer.tokens} {answer.max_model_len}"
+
+    async def run(*tenants: int, body: dict) -> list[str | tuple[int, str]]:
+        return await asyncio.gather(*(ask(tenant_id, body) for tenant_id in tenants))
+
+    # What failed makes room again, and so does what was answered.
+    answered = ({"prompt": "Hi"}, "2 [128000, 13347] 8192")
+    for body, outcome in (({"prompt": 1}, "invalid_tokenize_request"), answered, answered):
+        busy = (429, "rate_limit_error")
+        assert asyncio.run(run(1, 1, 1, 2, 3, 4, body=body)) == [outcome, outcome, busy, outcome, outcome, busy]
+
+
+def test_without_its_ranks_it_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "RANKS_SHA256", "")
+    tokenizer._read_encoding.cache_clear()
+    with pytest.raises(GatewayError) as caught:
+        asyncio.run(Tokenization().tokenize({"prompt": "Hi"}, build_model(), tenant_id=1))
+    assert (caught.value.status, caught.value.code, caught.value.type) == (503, "tokenizer_unavailable", "server_error")
 
 
 def test_it_needs_a_key_with_the_scope(tokenizing: Stack) -> None:
