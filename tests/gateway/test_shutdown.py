@@ -148,7 +148,7 @@ def test_what_is_longer_than_the_bound_is_cut_and_recorded(two_workers: CrashSta
     os.kill(stack.gateway.pid, signal.SIGTERM)
     check_whole(short.wait())
     check_cut(long.wait())
-    assert 1.0 <= time.monotonic() - started_at < 3.0
+    assert 1.0 <= time.monotonic() - started_at < 5.0
     assert wait_for_exit(stack) == 0
     events = read_events(stack.client)
     assert Counter(event.outcome for event in events) == {"completed": COUNT, "abandoned": COUNT}
@@ -175,9 +175,9 @@ def test_a_second_signal_ends_sooner_and_loses_nothing(
     os.kill(stack.gateway.pid, number)
     check_cut(load.wait())
     assert [answer.status for answer in whole.wait()] == [0] * 4
-    assert time.monotonic() - started_at < 1.0
+    assert time.monotonic() - started_at < 3.0
     assert wait_for_exit(stack) == 0
-    assert time.monotonic() - started_at < 5.0
+    assert time.monotonic() - started_at < 10.0
     if is_redis_away:
         assert len(list_spools(stack)) == 2
         stack.server.start()
