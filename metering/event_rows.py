@@ -8,7 +8,7 @@ few comparisons; one that does not pass them goes the long way through `find_qua
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -63,7 +63,7 @@ EVENT_COLUMNS = (
 )
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _COPY_TRAILER = b"\xff\xff"
-_COPY_CHUNK_ROWS = 500
+PART_ROWS = 500
 
 # Each value is its length in bytes, then itself; -1 is NULL.
 _GROUP = struct.Struct(">" + "iq" * 6 + "ii")
@@ -127,13 +127,16 @@ class EventSorter:
         self._is_key_required = is_key_required
         self._groups: dict[tuple[Any, ...], EventGroup] = {}
 
-    def sort(self, arrivals: Sequence[Arrival]) -> SortedArrivals:
-        """Return the rows of all arrivals, or why they must be held. Every arrival of a recording passes here."""
+    def sort(self, arrivals: Sequence[Arrival], first_position: int = 0) -> SortedArrivals:
+        """Return the rows of arrivals, or why they must be held. Every arrival of a recording passes here.
+
+        `first_position`: the position of the first of them in the recording.
+        """
         groups = self._groups
         first_us, last_us = self._now_us - EVENT_AGE_DAYS_MAX * US_PER_DAY, self._now_us + EVENT_AHEAD_US_MAX
         result = SortedArrivals([], [], [])
         parsed = parse_call_ids([arrival[0].call_id for arrival in arrivals])
-        for position, (arrival, (call_id, call_ms)) in enumerate(zip(arrivals, parsed, strict=True)):
+        for position, (arrival, (call_id, call_ms)) in enumerate(zip(arrivals, parsed, strict=True), first_position):
             event, _, producer_id, is_replay = arrival
             at_us = event.occurred_at_us
             input_tokens, cached_tokens = event.input_tokens, event.cached_input_tokens
@@ -247,12 +250,22 @@ def pack_arrival(position: int) -> bytes:
     return _INT4.pack(4, position)
 
 
-def copy_rows(cursor: Any, table: str, rows: Sequence[bytes], *columns: str) -> None:
-    """COPY packed rows into EVENT_COLUMNS of `table` and, after them, further `columns`."""
+def cut(rows: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """Yield rows in parts of PART_ROWS."""
+    for start in range(0, len(rows), PART_ROWS):
+        yield rows[start : start + PART_ROWS]
+
+
+def copy_rows(cursor: Any, table: str, parts: Iterable[Sequence[bytes]], *columns: str) -> None:
+    """COPY parts of packed rows into EVENT_COLUMNS of `table` and, after them, further `columns`.
+
+    PostgreSQL stores a part while the next one is made.
+    """
     names = [*(name for name, _ in EVENT_COLUMNS), *columns]
     begin = struct.pack(">h", len(names))  # every row begins with the number of its values
     with cursor.copy(f"COPY {table} ({', '.join(names)}) FROM STDIN (FORMAT BINARY)") as copy:
         copy.write(_COPY_HEADER)
-        for start in range(0, len(rows), _COPY_CHUNK_ROWS):
-            copy.write(begin + begin.join(rows[start : start + _COPY_CHUNK_ROWS]))
+        for part in parts:
+            if part:
+                copy.write(begin + begin.join(part))
         copy.write(_COPY_TRAILER)

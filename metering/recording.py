@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -22,10 +22,20 @@ from metering import failpoints
 from metering.backfills import replace_backfills
 from metering.core.aggregation import sum_events
 from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason, find_quarantine_reason
-from metering.core.windows import US_PER_HOUR, compute_call_id_floor, get_instant
+from metering.core.windows import US_PER_DAY, US_PER_HOUR, compute_call_id_floor, get_instant
 from metering.errors import UnstorableEntryError
 from metering.event_partitions import get_detachable_end
-from metering.event_rows import Arrival, EventGroup, EventRow, EventSorter, SortedArrivals, copy_rows, pack_arrival
+from metering.event_rows import (
+    PART_ROWS,
+    Arrival,
+    EventGroup,
+    EventRow,
+    EventSorter,
+    SortedArrivals,
+    copy_rows,
+    cut,
+    pack_arrival,
+)
 from metering.models import Recording
 from metering.quarantine_rows import (
     HeldEvent,
@@ -153,9 +163,8 @@ class EventRecorder:
             self._arrivals = arrivals
             self._result = RecordingResult(cursor.fetchone()[0], [ArrivalState.ROLLED_UP] * len(arrivals))
             try:
-                sorted_out = self._sort_out()
                 self._look_into_exports()
-                self._record_rows(cursor, sorted_out)
+                sorted_out = self._record_rows(cursor)
                 self._hold(cursor, sorted_out.held)
                 self._insert_superseded(superseded)
                 self._insert_known_conflicts(conflicts)
@@ -165,26 +174,10 @@ class EventRecorder:
             self._write_recording()
         return self._result
 
-    def _sort_out(self) -> SortedArrivals:
-        """Judge and pack the arrivals, and count them as received."""
-        sorter = EventSorter(
-            self._catalog,
-            recording_id=self._result.recording_id,
-            now_us=self._now_us,
-            is_key_required=self._is_key_required,
-        )
-        sorted_out = sorter.sort(self._arrivals)
-        self._count(Counter(row[2] for row in (*sorted_out.fresh, *sorted_out.replays)), "received")
-        for position, reason in sorted_out.held:
-            counted_in = self._choose_counted_in(self._arrivals[position].event, reason)
-            self._counted_in[position] = counted_in
-            self._hourly[*counted_in, "received"] += 1
-        return sorted_out
-
     def _look_into_exports(self) -> None:
         """Find out which arrivals of old days are recorded in exports: those are no longer in the table."""
-        oldest_hour = min((hour for _, hour, _ in self._hourly), default=None)
-        if oldest_hour is None or oldest_hour // 24 >= get_detachable_end(self._now_us):
+        oldest_us = min((arrival.event.occurred_at_us for arrival in self._arrivals), default=self._now_us)
+        if oldest_us // US_PER_DAY >= get_detachable_end(self._now_us):
             return
         self._exported = load_exported_calls(arrival.event.call_id for arrival in self._arrivals)
         if self._exported:
@@ -194,13 +187,12 @@ class EventRecorder:
         for group, count in counts.items():
             self._hourly[*group.counted_in, column] += count
 
-    def _record_rows(self, cursor: Any, sorted_out: SortedArrivals) -> None:
-        """Insert and sum what is new; settle what is not."""
-        fresh = sorted_out.fresh
-        if self._exported:
-            fresh = [row for row in fresh if row[1].call_id not in self._exported]
-        inserted = self._insert_events(cursor, fresh)
+    def _record_rows(self, cursor: Any) -> SortedArrivals:
+        """Judge all arrivals; insert and sum what is new, settle what is not. What must be held is returned."""
+        sorted_out = SortedArrivals([], [], [])
+        inserted = self._insert_events(cursor, sorted_out)
         failpoints.reach("after_insert")
+        self._count_received(sorted_out)
         sums = sum_events((event, group) for _, event, group, _ in inserted)
         add_to_rollups(cursor, _merge_cells(sums))
         self._count({group: calls for group, (calls, *_) in sums.items()}, "rolled_up")
@@ -210,20 +202,29 @@ class EventRecorder:
             leftovers = [*leftovers, *(row for row in sorted_out.fresh if row[0] not in positions)]
         if leftovers:
             self._settle_leftovers(cursor, leftovers)
+        return sorted_out
 
-    def _insert_events(self, cursor: Any, fresh: list[EventRow]) -> list[EventRow]:
-        """Insert the events whose call ids are not recorded, and return their rows.
+    def _insert_events(self, cursor: Any, sorted_out: SortedArrivals) -> list[EventRow]:
+        """Sort the arrivals out, insert the events whose call ids are not recorded, and return their rows.
 
         Almost always all of them are new, and COPY straight into the table costs half of any way that can leave
         rows out. Where it meets a known call id it is taken back and done the other way.
         """
-        if not fresh:
-            return []
+        parts = self._sort_in_parts(sorted_out)
+        fresh: list[EventRow] = []
+
+        def pack() -> Iterator[list[bytes]]:
+            for part in parts:
+                fresh.extend(part)
+                yield [values for _, _, _, values in part]
+
         try:
             with transaction.atomic():
-                copy_rows(cursor, "metering_usage_event", [values for _, _, _, values in fresh])
+                copy_rows(cursor, "metering_usage_event", pack())
             return fresh
         except psycopg.errors.UniqueViolation:  # COPY is not wrapped by Django
+            for part in parts:
+                fresh.extend(part)
             first: dict[str, EventRow] = {}
             for row in fresh:
                 first.setdefault(row[1].call_id, row)
@@ -231,11 +232,36 @@ class EventRecorder:
             cursor.execute(INSERT_STAGED)
             return [first[call_id] for (call_id,) in cursor.fetchall()]
 
+    def _sort_in_parts(self, sorted_out: SortedArrivals) -> Iterator[list[EventRow]]:
+        """Judge and pack the arrivals into `sorted_out`, and yield what is to be inserted of each part of them."""
+        sorter = EventSorter(
+            self._catalog,
+            recording_id=self._result.recording_id,
+            now_us=self._now_us,
+            is_key_required=self._is_key_required,
+        )
+        for start in range(0, len(self._arrivals), PART_ROWS):
+            part = sorter.sort(self._arrivals[start : start + PART_ROWS], start)
+            sorted_out.fresh.extend(part.fresh)
+            sorted_out.replays.extend(part.replays)
+            sorted_out.held.extend(part.held)
+            if self._exported:
+                yield [row for row in part.fresh if row[1].call_id not in self._exported]
+            else:
+                yield part.fresh
+
+    def _count_received(self, sorted_out: SortedArrivals) -> None:
+        self._count(Counter(row[2] for row in (*sorted_out.fresh, *sorted_out.replays)), "received")
+        for position, reason in sorted_out.held:
+            counted_in = self._choose_counted_in(self._arrivals[position].event, reason)
+            self._counted_in[position] = counted_in
+            self._hourly[*counted_in, "received"] += 1
+
     def _stage(self, cursor: Any, rows: list[EventRow]) -> None:
         cursor.execute(CREATE_STAGING)
         cursor.execute(EMPTY_STAGING)
         staged = [values + pack_arrival(position) for position, _, _, values in rows]
-        copy_rows(cursor, STAGING_TABLE, staged, "arrival")
+        copy_rows(cursor, STAGING_TABLE, cut(staged), "arrival")
         failpoints.reach("after_staging")
 
     def _settle_leftovers(self, cursor: Any, leftovers: list[EventRow]) -> None:

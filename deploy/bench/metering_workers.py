@@ -129,14 +129,14 @@ def copy_file(path: Path) -> int:
     from django.db import connection
 
     from metering.consumer import BATCH_SIZE
-    from metering.event_rows import copy_rows
+    from metering.event_rows import copy_rows, cut
 
     rows = pickle.loads(path.read_bytes())
     connection.ensure_connection()
     with connection.cursor() as cursor:
         _await_start()
         for start in range(0, len(rows), BATCH_SIZE):
-            copy_rows(cursor, "metering_usage_event", rows[start : start + BATCH_SIZE])
+            copy_rows(cursor, "metering_usage_event", cut(rows[start : start + BATCH_SIZE]))
     return len(rows)
 
 

@@ -134,13 +134,15 @@ def copy_into(
 def load_exported_calls(call_ids: Iterable[str]) -> set[str]:
     """Load those of `call_ids` that are in exports into EXPORTED_TABLE, and return them. In a transaction."""
     by_day: dict[date, list[uuid.UUID]] = {}
+    today = datetime.now(UTC).date()
     for text in call_ids:
         try:
             call_id = uuid.UUID(text)
         except ValueError:
             continue
         day = get_call_day(call_id)
-        if day is not None:
+        # Ids may be of any year, which no date follows; no day to come is exported.
+        if day is not None and day < today:
             by_day.setdefault(day, []).append(call_id)
     exports = list_exports(min(by_day), max(by_day) + timedelta(days=1)) if by_day else []
     exports = [export for export in exports if export.day in by_day]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +27,7 @@ from django.test import Client
 
 from billing.models import SettlementPeriod
 from billing.services.retention import export_usage_events
-from gateway.contract.usage_event import Attempt, UsageEvent
+from gateway.contract.usage_event import Attempt, UsageEvent, build_call_id
 from metering.corrections import CorrectionKind, CorrectionRequest, record_correction
 from metering.digests import list_changes, write_digest
 from metering.errors import ExportUnreadableError, UsageQuestionError
@@ -222,6 +223,15 @@ def test_late_event_of_an_exported_day_is_known_or_makes_a_second_part(
     assert roll_up().duplicates == 1
     report = verify_period(*MONTH)
     assert (report.differences, report.events) == ([], 61)
+
+
+def test_a_call_id_of_the_last_day_of_all_stops_no_late_event(metering: redis.Redis) -> None:
+    old = build_event(1, occurred_at_us=time.time_ns() // 1000 - 60 * 86_400_000_000)
+    last_day_us = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
+    strange = build_event(2, call_id=build_call_id(last_day_us, bytes(10)))
+    send(metering, [old, strange])
+    totals = roll_up()
+    assert (totals.rolled_up, totals.quarantined, totals.dead_letters) == (1, 1, 0)
 
 
 def test_call_of_an_exported_day_can_be_amended(old_days: tuple[redis.Redis, list[UsageEvent]]) -> None:
