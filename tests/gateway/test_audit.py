@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,27 @@ def test_the_sample_is_two_percent_and_the_same_for_everyone() -> None:
     assert 300 < sum(is_audited(call_id, 20) for call_id in call_ids) < 500
     assert not any(is_audited(call_id, 0) for call_id in call_ids)
     assert all(is_audited(call_id, 1_000) for call_id in call_ids)
+
+
+def test_other_calls_go_on_while_a_huge_prompt_is_counted(stack: Stack, reporting_upstream: ScriptedUpstream) -> None:
+    body = json.loads(build_chat_body([PARIS], input_tokens=0, output_tokens=0))
+    del body["usage"]
+    reporting_upstream.answer = lambda _request: [build_answer(json.dumps(body).encode())]
+    client, other = stack.build_client(), stack.build_client()
+    other.models.list()
+    huge = {"role": "user", "content": " ".join(map(str, range(280_000)))}
+    with ThreadPoolExecutor(1) as threads:
+        calling = threads.submit(client.chat.completions.create, model=MODEL, messages=[huge])
+        durations_s = []
+        while not calling.done():
+            started_at = time.monotonic()
+            other.models.list()
+            durations_s.append(time.monotonic() - started_at)
+    assert calling.result().choices[0].message.content == PARIS
+    (event,) = wait_for_events(stack.redis, 1)
+    assert (event.usage_source, event.input_tokens, event.output_tokens) == ("counted", 838_999 + 10, 8)
+    assert len(durations_s) > 5
+    assert max(durations_s) < sum(durations_s) / 2
 
 
 def test_a_request_that_cannot_be_counted_is_served_and_recorded(

@@ -161,6 +161,27 @@ def test_counting_runs_off_the_event_loop():
     assert all(name.startswith("tokenizer") for name in names)
 
 
+def test_the_event_loop_goes_on_while_a_huge_prompt_is_counted():
+    text = " ".join(map(str, range(280_000)))
+
+    async def count():
+        await tokenizer.run_in_tokenizer_thread(tokenizer.load_encoding)
+        counting = asyncio.ensure_future(tokenizer.run_in_tokenizer_thread(tokenizer.count_text, text))
+        gaps_s = []
+        while not counting.done():
+            started_at = time.monotonic()
+            await asyncio.sleep(0.001)
+            gaps_s.append(time.monotonic() - started_at)
+        return await counting, gaps_s
+
+    counted, gaps_s = asyncio.run(count())
+    # Three digits a token, and the blanks between the numbers.
+    assert counted == 1_000 + 2 * 279_000 + 279_999
+    # It takes half a second and more, of which the loop misses the moments in which the result is handed over.
+    assert sum(gaps_s) > 0.1
+    assert max(gaps_s) < sum(gaps_s) / 4
+
+
 def test_waiting_counts_are_bounded():
     async def overload():
         release = threading.Event()
