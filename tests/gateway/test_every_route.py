@@ -34,6 +34,7 @@ PREFIXES = ("", "/v1")
 def slashed(stack: Stack) -> Stack:
     """The stack with one more model, whose name has slashes and what URLs write otherwise."""
     stack.catalog.add_model(SLASHED, 12)
+    stack.catalog.add_upstream(2, stack.sandbox.url + "/v1", served_model_id=12)
     stack.publish()
     return stack
 
@@ -126,6 +127,8 @@ def test_the_official_client_names_models_with_slashes(slashed: Stack, prefix: s
         listed = client.models.list()
         assert (listed.object, [model.id for model in listed.data]) == ("list", [MODEL, SLASHED])
         assert client.get(f"/usage/{call_id}", cast_to=dict)["call_id"] == call_id
+        client.chat.completions.create(model=SLASHED, messages=HI)
+    assert [event.served_model_id for event in read_events(slashed.redis)] == [11, 12]
 
 
 @pytest.mark.parametrize("path", PUBLIC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from gateway.contract.catalog_snapshot import Limits
 from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds, wait_for_events
 from tests.fakes.metrics import read_metrics
 from tests.fakes.scripted_upstream import ScriptedUpstream, build_answer, build_chat_body
@@ -457,6 +459,28 @@ def test_a_stream_has_the_headers_of_a_stream(stack: Stack, upstream: ScriptedUp
         b"transfer-encoding": b"chunked",
         b"connection": b"close",
     }
+
+
+@pytest.mark.parametrize("body", [PLAIN, STREAM])
+def test_answers_say_what_is_left_of_both_limits(stack: Stack, upstream: ScriptedUpstream, body: bytes) -> None:
+    limits = Limits(requests_per_minute=60, tokens_per_minute=10_000)
+    limited = dataclasses.replace(stack, api_key=stack.catalog.add_tenant(2, limits=limits))
+    serve_by(stack, upstream)
+    upstream.answer = stream(*SAID, TOTAL, DONE) if body == STREAM else lambda _request: [build_answer(CHAT)]
+    heads = [send(limited, body)[0] for _ in range(2)]
+    # Held for the first call: a token for each byte, those of the template, and the 5 of its answer.
+    held = len(body) + 256 + 5
+    used = 15 if body == STREAM else 13
+    for head, requests_left, tokens_left in zip(heads, (59, 58), (10_000 - held, 10_000 - used - held), strict=True):
+        lines = sorted(line for line in head.split(b"\r\n") if line.startswith(b"x-ratelimit"))
+        assert b"\n".join(lines).decode().split("\n") == [
+            "x-ratelimit-limit-requests: 60",
+            "x-ratelimit-limit-tokens: 10000",
+            f"x-ratelimit-remaining-requests: {requests_left}",
+            f"x-ratelimit-remaining-tokens: {tokens_left}",
+            "x-ratelimit-reset-requests: 1m0s",
+            "x-ratelimit-reset-tokens: 1m0s",
+        ]
 
 
 def open_call(stack: Stack, body: bytes) -> socket.socket:
