@@ -89,8 +89,11 @@ class GatewayApp:
         self._background: list[asyncio.Task[None]] = []
         self._routes = self._build_routes()
         self._tokenization = tokenization.Tokenization()
-        self._model_route = Route("GET", self._serve_model)
-        self._receipt_route = Route("GET", self._serve_receipt)
+        # What lies below a path: one page for each name. Below a base URL with /v1 or without it.
+        self._prefix_routes = {
+            f"{MODELS_PATH}/": Route("GET", self._serve_model),
+            f"{USAGE_PATH}/": Route("GET", self._serve_receipt),
+        }
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Start and stop, as uvicorn asks by ASGI's lifespan protocol; requests come to `serve`."""
@@ -107,8 +110,10 @@ class GatewayApp:
         if exchange.method != route.method:
             raise _build_method_not_allowed(exchange, route.method)
         exchange.route = route
-        if route.is_public:
-            return
+        if not route.is_public:
+            self._authenticate(exchange)
+
+    def _authenticate(self, exchange: Exchange) -> None:
         catalog = self._snapshots.get_usable()
         if catalog is None:
             raise _build_catalog_unavailable()
@@ -118,17 +123,19 @@ class GatewayApp:
             # Anthropic's header for the same key. From here on it is as if the other one had come.
             authorization = b"Bearer " + exchange.headers[b"x-api-key"]
             exchange.headers = {**exchange.headers, b"authorization": authorization}
-        exchange.caller = self._authenticator.authenticate(
-            authorization, catalog, now_ms=exchange.occurred_at_us // 1000
-        )
+        now_ms = time.time_ns() // 1_000_000
+        exchange.caller = self._authenticator.authenticate(authorization, catalog, now_ms=now_ms)
 
     async def serve(self, exchange: Exchange) -> None:
         """Answer one exchange."""
+        if exchange.refusal is not None:
+            self._refuse(exchange, exchange.refusal)
+            return
         try:
-            if exchange.refusal is None:
-                await exchange.route.serve(exchange)
-            else:
-                self._refuse(exchange, exchange.refusal)
+            if not exchange.route.is_public:
+                # Once more: its body may have come slowly, or it has waited for its turn, and a key ends meanwhile.
+                self._authenticate(exchange)
+            await exchange.route.serve(exchange)
         except GatewayError as error:
             self._refuse(exchange, error)
         except Exception:
@@ -266,11 +273,10 @@ class GatewayApp:
 
     def _find_route(self, path: str) -> Route | None:
         route = self._routes.get(path)
-        if route is None and _add_version(path).startswith(f"{MODELS_PATH}/"):
-            return self._model_route
-        if route is None and _add_version(path).startswith(f"{USAGE_PATH}/"):
-            return self._receipt_route
-        return route
+        if route is not None:
+            return route
+        path = _add_version(path)
+        return next((route for prefix, route in self._prefix_routes.items() if path.startswith(prefix)), None)
 
     async def _serve_call(self, exchange: Exchange) -> None:
         catalog, caller, endpoint = exchange.catalog, exchange.caller, exchange.route.endpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 
 from gateway.contract.api_key import compute_key_hash, parse_public_id
@@ -11,10 +12,15 @@ from gateway.snapshot_reader import Caller, Catalog
 # Verified Authorization headers remembered per snapshot; beyond it the oldest is verified anew.
 VERIFIED_MAX = 10_000
 REFUSED_MAX = 10_000
+# A key has 55 characters. What is longer than this is no key: it is neither hashed nor remembered.
+AUTHORIZATION_BYTES_MAX = 256
 
 
 class Authenticator:
-    """Finds the caller of a request. Remembers, bounded, what it has verified and what it has refused."""
+    """Finds the caller of a request. Remembers, bounded in count and in bytes, what it has verified and refused.
+
+    What was refused is remembered as a digest: it may be the key of another service, or almost one of ours.
+    """
 
     def __init__(self, pepper: bytes) -> None:
         self._pepper = pepper
@@ -26,11 +32,14 @@ class Authenticator:
             raise _build_unauthorized("You didn't provide an API key.")
         caller = catalog.verified.get(authorization)
         if caller is None:
-            if self._refused.get(authorization) == catalog.version:
+            if len(authorization) > AUTHORIZATION_BYTES_MAX:
+                raise _build_unauthorized("Incorrect API key provided.")
+            digest = hashlib.sha256(authorization).digest()
+            if self._refused.get(digest) == catalog.version:
                 raise _build_unauthorized("Incorrect API key provided.")
             caller = self._verify(authorization, catalog)
             if caller is None:
-                _remember(self._refused, authorization, catalog.version, count_max=REFUSED_MAX)
+                _remember(self._refused, digest, catalog.version, count_max=REFUSED_MAX)
                 raise _build_unauthorized("Incorrect API key provided.")
             _remember(catalog.verified, authorization, caller, count_max=VERIFIED_MAX)
         expires_at_ms = caller.api_key.expires_at_ms
@@ -74,6 +83,6 @@ def _build_unauthorized(message: str) -> GatewayError:
 
 
 def _remember[Value](memory: dict[bytes, Value], key: bytes, value: Value, *, count_max: int) -> None:
-    if len(memory) >= count_max:
+    if len(memory) >= count_max and key not in memory:
         del memory[next(iter(memory))]
     memory[key] = value

@@ -14,13 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gateway.admission import Admission, Headers
+from gateway.attempts import (
+    AttemptFailedError,
+    build_connection_failure,
+    build_misconfigured,
+    build_reported_failure,
+    build_stream_failure,
+)
 from gateway.call_bounds import bound_call
 from gateway.calls import (
     ATTEMPT_COMPLETED,
@@ -50,7 +56,7 @@ from gateway.providers.base import CallResult, EmittedText, Provider, ProviderEr
 from gateway.routing import CircuitBreakers, list_candidates
 from gateway.settings import Settings
 from gateway.telemetry import OPERATIONS, Telemetry
-from gateway.upstream import Origin, UpstreamConnection, UpstreamPool, parse_origin
+from gateway.upstream import Origin, UpstreamConnection, UpstreamPool, parse_origin, read_credential
 
 log = logging.getLogger("gateway.relay")
 
@@ -76,21 +82,6 @@ class RelayParts:
     settings: Settings
     in_flight: dict[str, Call] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
-
-
-class AttemptFailedError(Exception):
-    """One attempt failed before the first byte; `failure` is what the tenant is told if it was the last one.
-
-    `status` is that of the upstream's answer, 0 where there was none.
-    """
-
-    def __init__(self, code: str, failure: UpstreamFailure, *, status: int = 0, is_exposed: bool = False) -> None:
-        super().__init__(failure.message)
-        self.code = code
-        self.failure = failure
-        self.status = status
-        # The provider may have worked, and bill it.
-        self.is_exposed = is_exposed
 
 
 class NotForwardedError(Exception):
@@ -202,7 +193,7 @@ class Relay:
             if connection.status != 200:
                 body = await connection.read_body(bytes_max=ERROR_BYTES_MAX)
                 failure = provider.classify_error(connection.status, connection.headers, body)
-                raise AttemptFailedError(failure.code or "upstream_error", failure, status=connection.status)
+                raise build_reported_failure(failure, upstream, status=connection.status)
             if call.request.streamed and connection.headers.get("content-type", "").startswith(
                 provider.stream_content_type
             ):
@@ -210,28 +201,29 @@ class Relay:
             else:
                 await self._relay_whole(upstream, provider, connection)
         except UpstreamConnectionError as error:
-            raise _build_connection_failure(error, status=connection.status) from error
+            raise build_connection_failure(error, status=connection.status) from error
 
     async def _open(self, upstream: UpstreamRecord, provider: Provider) -> UpstreamConnection:
         """Send the request and wait for status and headers, once more where a kept connection had just been closed."""
         parts, call = self._parts, self._call
-        credential = os.environ.get(upstream.credential_env, "") if upstream.credential_env else ""
+        credential = read_credential(upstream)
         if upstream.credential_env and not credential:
             log.error(
                 "upstream %d: the environment variable %s is not set", upstream.upstream_id, upstream.credential_env
             )
-            raise _build_misconfigured()
+            raise build_misconfigured()
         try:
-            request = provider.build_request(call.request, upstream, credential)
+            # First of all: what a provider says of a URL that cannot be read may show a part of it.
             origin = parts.origins.get(upstream.base_url)
             if origin is None:
                 origin = parts.origins[upstream.base_url] = parse_origin(upstream.base_url)
+            request = provider.build_request(call.request, upstream, credential)
         except ProviderError as error:
             failure = UpstreamFailure(400, error.code, "invalid_request_error", str(error), is_retryable=True)
             raise AttemptFailedError(error.code, failure) from error
         except ValueError as error:
             log.error("upstream %d: %s", upstream.upstream_id, error)
-            raise _build_misconfigured() from error
+            raise build_misconfigured() from error
         for is_fresh in (False, True):
             self._release()
             try:
@@ -245,7 +237,7 @@ class Relay:
                 return connection
             except UpstreamConnectionError as error:
                 if is_fresh or not error.was_reused or self._is_gone:
-                    raise _build_connection_failure(error) from error
+                    raise build_connection_failure(error) from error
                 self._add_attempt(upstream, "upstream_stale_connection")
         raise AssertionError("unreachable")
 
@@ -258,7 +250,7 @@ class Relay:
         self._release()
         result = provider.parse_response(body, headers, context_tokens_max=call.window_tokens, call=call.request)
         if result.error is not None:
-            raise AttemptFailedError(result.error.code, result.error, status=200, is_exposed=True)
+            raise build_reported_failure(result.error, upstream)
         self._note_success(upstream)
         if self._is_gone and not exchange.keeps_answer:
             await self._settle_gone(result)
@@ -302,8 +294,8 @@ class Relay:
         was_stopped = failed_with is not None and failed_with.code == CLIENT_GONE
         if not was_stopped and (result.error is not None or failed_with is not None or not result.is_complete):
             if not exchange.has_started:
-                raise _build_stream_failure(result, failed_with)
-            await self._fail_stream(upstream, result, _build_stream_failure(result, failed_with))
+                raise build_stream_failure(result.error, failed_with, upstream)
+            await self._fail_stream(upstream, result, build_stream_failure(result.error, failed_with, upstream))
             return
         self._note_success(upstream)
         if self._is_gone:
@@ -453,27 +445,7 @@ def _find_provider(upstream: UpstreamRecord) -> Provider:
         return get_provider(upstream.kind)
     except ProviderError as error:
         log.error("upstream %d: %s", upstream.upstream_id, error)
-        raise _build_misconfigured() from error
-
-
-def _build_misconfigured() -> AttemptFailedError:
-    failure = UpstreamFailure(
-        503, "upstream_misconfigured", SERVER, "The model's provider is not set up.", is_retryable=True
-    )
-    return AttemptFailedError(failure.code, failure)
-
-
-def _build_connection_failure(error: UpstreamConnectionError, *, status: int = 0) -> AttemptFailedError:
-    answered = 504 if error.code == "upstream_timeout" else 502
-    failure = UpstreamFailure(answered, error.code, SERVER, str(error), is_retryable=True)
-    return AttemptFailedError(error.code, failure, status=status, is_exposed=error.code != "upstream_unreachable")
-
-
-def _build_stream_failure(result: CallResult, failed_with: UpstreamConnectionError | None) -> AttemptFailedError:
-    if result.error is not None:
-        return AttemptFailedError(result.error.code or "upstream_error", result.error, status=200, is_exposed=True)
-    truncated = UpstreamConnectionError("upstream_truncated", "The upstream ended the stream before its end.")
-    return _build_connection_failure(failed_with or truncated, status=200)
+        raise build_misconfigured() from error
 
 
 def _build_failed_verdict(result: CallResult = _NO_RESULT) -> Verdict:

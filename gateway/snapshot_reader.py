@@ -40,7 +40,8 @@ from gateway.redis_connection import RedisConnection
 
 log = logging.getLogger("gateway.snapshot")
 
-POLL_INTERVAL_S = 1.0
+# A revocation works within a second, also where the push was lost.
+POLL_INTERVAL_S = 0.5
 SANDBOX_KIND = "sandbox"
 # Lua compares doubles: a limit at or above 2^53 could not be enforced exactly.
 LIMIT_MAX = 2**53 - 1
@@ -228,7 +229,7 @@ def _find_unenforceable(limits: Limits) -> str | None:
 
 
 class SnapshotReader:
-    """Keeps `catalog` current: a push says that there is a newer one, a poll each second finds a missed push."""
+    """Keeps `catalog` current: a push says that there is a newer one, a poll twice a second finds a missed push."""
 
     def __init__(
         self, redis: RedisConnection, subscriber: RedisConnection, *, age_max_s: int, sandbox_url: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from gateway.background import keep_running
+from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.errors import UpstreamConnectionError
 from gateway.providers.base import UpstreamRequest
 
@@ -47,12 +49,26 @@ class Origin:
 
 
 def parse_origin(base_url: str) -> Origin:
-    """Return the origin of a base URL; raises ValueError where it is not an http(s) URL with a host."""
-    parts = urlsplit(base_url)
+    """Return the origin of a base URL; raises ValueError where it is not an http(s) URL with a host, or has a user.
+
+    The URL may hold a password by mistake, so no error has any part of it, nor a cause that has.
+    """
+    try:
+        parts = urlsplit(base_url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("the base URL cannot be read") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"not an http(s) base URL: {base_url!r}")
+        raise ValueError("the base URL is not an http(s) URL with a host")
+    if "@" in parts.netloc:
+        raise ValueError("the base URL has a user or a password: a credential belongs into the environment")
     is_tls = parts.scheme == "https"
-    return Origin(parts.hostname, parts.port or (443 if is_tls else 80), is_tls)
+    return Origin(parts.hostname, port or (443 if is_tls else 80), is_tls)
+
+
+def read_credential(upstream: UpstreamRecord) -> str:
+    """Return the credential from the environment variable that the catalog names; "" where it is not set."""
+    return os.environ.get(upstream.credential_env, "") if upstream.credential_env else ""
 
 
 class UpstreamConnection(asyncio.Protocol):

@@ -20,6 +20,8 @@ import msgspec
 from gateway.providers.base import UpstreamFailure
 
 MESSAGE_CHARACTERS_MAX = 1000
+# A part of a credential that is shorter could be any word.
+CREDENTIAL_CHARACTERS_MIN = 6
 # JavaScript's official client sleeps for as long as the header says, so only short waits are passed on.
 RETRY_AFTER_S_MAX = 60
 
@@ -176,6 +178,18 @@ def clean_message(message: str) -> str:
     for pattern in (_ADDRESSES, _SECRETS):
         message = pattern.sub("[removed]", message)
     return _CONTROLS.sub(" ", message)[:MESSAGE_CHARACTERS_MAX].strip()
+
+
+def remove_credential(failure: UpstreamFailure, credential: str) -> UpstreamFailure:
+    """Return `failure` without the credential that the upstream was sent, or any of its parts (`ID:SECRET`).
+
+    An upstream may say in its error what it was sent, and a credential may look like any word.
+    """
+    texts = {"message": failure.message, "code": failure.code, "type": failure.type}
+    for part in (credential, *credential.split(":")):
+        if len(part) >= CREDENTIAL_CHARACTERS_MIN:
+            texts = {name: text.replace(part, "[removed]") for name, text in texts.items()}
+    return msgspec.structs.replace(failure, **texts)
 
 
 def _build_ours(status: int, code: str, message: str) -> UpstreamFailure:

@@ -54,7 +54,7 @@ def test_an_unexpected_error_ends_the_answer(
 
     connection: Any = FakeConnection()
     exchange = Exchange(connection, "POST", "/v1/chat/completions", {})
-    exchange.route = Route("POST", fail)
+    exchange.route = Route("POST", fail, is_public=True)
     app = GatewayApp(Settings(redis_url="redis://127.0.0.1:1", api_key_pepper=b"p" * 16, data_dir=tmp_path))
     with caplog.at_level(logging.ERROR, logger="gateway"):
         asyncio.run(app.serve(exchange))
