@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -76,7 +76,7 @@ def import_usage_file(
                     batch.append((line, build_countable_event(line.read(), names, default_source=source)))
                 except RefusedCallError as error:
                     rejects.add(line, error.code, str(error))
-                except (msgspec.ValidationError, msgspec.DecodeError, ValueError) as error:
+                except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                     rejects.add(line, "invalid_record", str(error))
                 if len(batch) >= BATCH_SIZE:
                     _record(batch, result, rejects, is_dry_run)
@@ -135,9 +135,8 @@ def _read_json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterato
     while data := file.readline(LINE_BYTES_MAX + 1):
         number += 1
         on_bytes(len(data))
-        if len(data) > LINE_BYTES_MAX:
-            raise ImportFormatError(f"line {number} is longer than {LINE_BYTES_MAX:,} bytes")
-        stripped = data.strip()
+        _check_length(number, data)
+        stripped = (data.removeprefix(codecs.BOM_UTF8) if number == 1 else data).strip()
         if stripped:
             text = stripped.decode("utf-8", errors="backslashreplace")
             yield _Line(number, text, lambda data=stripped: _decoder.decode(data))  # type: ignore[misc]
@@ -145,16 +144,36 @@ def _read_json_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterato
 
 def _read_csv(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[_Line]:
     """Rows by the names in the first one. Empty cells are left out; `labels` is a JSON object."""
-    text = io.TextIOWrapper(_Counted(file, on_bytes), encoding="utf-8-sig", newline="")
-    rows = csv.DictReader(text)
-    missing = _REQUIRED_COLUMNS - set(rows.fieldnames or ())
-    if missing:
-        raise ImportFormatError(f"the first row must name the columns; missing: {', '.join(sorted(missing))}")
+    rows = csv.DictReader(_decode_lines(file, on_bytes))
     try:
+        names = rows.fieldnames or ()
+        missing = _REQUIRED_COLUMNS - set(names)
+        if missing:
+            raise ImportFormatError(f"the first row must name the columns; missing: {', '.join(sorted(missing))}")
+        if len(set(names)) < len(names):
+            raise ImportFormatError("the first row names a column twice")
         for row in rows:
             yield _Line(rows.line_num, json.dumps(row, ensure_ascii=False), lambda row=row: _convert(row))  # type: ignore[misc]
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise ImportFormatError(f"line {rows.line_num + 1}: {error}") from error
+
+
+def _decode_lines(file: BinaryIO, on_bytes: Callable[[int], None]) -> Iterator[str]:
+    """Lines as text, of bounded length: what a spreadsheet saves is often in another encoding."""
+    number = 0
+    while data := file.readline(LINE_BYTES_MAX + 1):
+        number += 1
+        on_bytes(len(data))
+        _check_length(number, data)
+        try:
+            yield data.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ImportFormatError(f"line {number} is not UTF-8: save the file as CSV in UTF-8") from error
+
+
+def _check_length(number: int, data: bytes) -> None:
+    if len(data) > LINE_BYTES_MAX:
+        raise ImportFormatError(f"line {number} is longer than {LINE_BYTES_MAX:,} bytes")
 
 
 def _convert(row: dict[str, Any]) -> UsageRecord:
@@ -164,20 +183,3 @@ def _convert(row: dict[str, Any]) -> UsageRecord:
     if "labels" in values:
         values["labels"] = msgspec.json.decode(values["labels"])
     return msgspec.convert(values, UsageRecord, strict=False)
-
-
-class _Counted(io.RawIOBase):
-    """A file that tells how much of it was read."""
-
-    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], None]) -> None:
-        self._file = file
-        self._on_bytes = on_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        self._on_bytes(len(data))
-        return len(data)

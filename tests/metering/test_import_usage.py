@@ -142,6 +142,50 @@ def test_csv_is_read_by_its_header(metering: redis.Redis, tmp_path: Path, capsys
         call_command("import_usage", str(path))
 
 
+def test_byte_order_mark_is_no_part_of_the_first_line(
+    metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = json.dumps(build_row(1))
+    (tmp_path / "usage.jsonl").write_text(text, encoding="utf-8-sig")
+    assert run(capsys, str(tmp_path / "usage.jsonl"))["recorded"] == 1
+    with (tmp_path / "usage.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, build_row(2))
+        writer.writeheader()
+        writer.writerow(build_row(2))
+    assert run(capsys, str(tmp_path / "usage.csv"))["recorded"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("id,tenant,served_model,occurred_at\n1,上海,m,x\n".encode("gbk"), "line 2 is not UTF-8: save"),
+        ("id,tenant\n".encode("utf-16"), "line 1 is not UTF-8: save"),
+        (b"id,tenant,served_model,occurred_at,id\n", "names a column twice"),
+        (b"id,tenant,served_model,occurred_at\n" + b"x" * 1_000_001, "line 2 is longer than 1,000,000 bytes"),
+        (b'id,tenant,served_model,occurred_at\n"' + b"x\n" * 70_000, "field larger than field limit"),
+    ],
+)
+def test_csv_that_is_none_is_refused_with_the_reason(
+    metering: redis.Redis, tmp_path: Path, body: bytes, problem: str
+) -> None:
+    (tmp_path / "usage.csv").write_bytes(body)
+    with pytest.raises(CommandError, match=problem):
+        call_command("import_usage", str(tmp_path / "usage.csv"))
+
+
+def test_line_nested_too_deeply_is_rejected_alone(
+    metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "usage.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*build_row(1), "labels"])
+        writer.writeheader()
+        writer.writerow(build_row(1, labels='{"a":' * 15_000 + "1" + "}" * 15_000))
+        writer.writerow(build_row(2))
+    facts = run(capsys, str(path))
+    assert (facts["recorded"], facts["rejected"]) == (1, {"invalid_record": 1})
+
+
 def test_dry_run_records_nothing(metering: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "usage.jsonl", [build_row(1), build_row(2), build_row(3, tenant="nobody")])
     facts = run(capsys, file, "--dry-run")
