@@ -41,8 +41,9 @@ from billing.selectors.usage import list_usage_months, list_usage_segments
 from billing.services.copying import copy_rows
 from billing.services.ledger import post_journal_entries
 
-# Usage may arrive for as long as this after its month; what comes later is corrected by hand.
-LATE_MONTHS_MAX = 12
+# Usage may arrive for as long as this after its month. Metering records what is up to 400 days old, in a day of the
+# tenant's zone: whatever it records is booked.
+LATE_MONTHS_MAX = 14
 # Any constant will do that no other advisory lock of the database has.
 ACCRUAL_LOCK = 7_011_600_001
 
@@ -86,7 +87,7 @@ def accrue_period(month: Month, *, as_of: date | None = None) -> AccrualResult:
 
 
 def accrue_all(today: date) -> list[AccrualResult]:
-    """Accrue every month of the last year that has usage, oldest first, up to and including `today`."""
+    """Accrue every month of the last LATE_MONTHS_MAX that has usage, oldest first, up to and including `today`."""
     months = list_usage_months(get_earliest_late_month(Month.of(today)).start, today + timedelta(days=1))
     return [accrue_period(month, as_of=today) for month in months]
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 
 import pytest
@@ -12,7 +12,8 @@ from django.db.models import Sum
 from billing.core.periods import Month
 from billing.models import AccrualRun, JournalEntry, Posting, RatedCharge, RatedRoyalty, SettlementPeriod
 from billing.selectors.rated import get_accrued_sums
-from billing.services.accruals import accrue_all, accrue_period
+from billing.services.accruals import accrue_all, accrue_period, get_earliest_late_month
+from metering.core.attribution import EVENT_AGE_DAYS_MAX
 from tests.billing import scenario
 
 OCTOBER = Month(2026, 10)
@@ -155,12 +156,20 @@ def test_late_usage_skips_every_month_that_is_not_open(world):
     assert accrue_period(OCTOBER, as_of=date(2026, 11, 20)).effective_on == date(2026, 12, 1)
 
 
-def test_accrue_all_runs_every_month_of_the_last_year_with_usage(world):
-    for day in (date(2025, 9, 30), date(2025, 10, 1), date(2026, 9, 30), date(2026, 10, 5), date(2026, 10, 7)):
+def test_accrue_all_runs_every_month_of_the_last_fourteen_with_usage(world):
+    for day in (date(2025, 7, 31), date(2025, 8, 1), date(2026, 9, 30), date(2026, 10, 5), date(2026, 10, 7)):
         use(world, 1_000_000, 0, on=day)
     results = accrue_all(date(2026, 10, 6))
-    assert [str(result.month) for result in results] == ["2025-10", "2026-09", "2026-10"]
+    assert [str(result.month) for result in results] == ["2025-08", "2026-09", "2026-10"]
     assert results[-1].revenue == {"USD": Decimal(3)}
+
+
+def test_whatever_metering_records_is_in_a_month_that_is_accrued():
+    for offset in range(1_461):  # four years, with a leap day
+        today = date(2027, 1, 1) + timedelta(days=offset)
+        # A zone behind UTC may have the day before.
+        oldest = today - timedelta(days=EVENT_AGE_DAYS_MAX + 1)
+        assert get_earliest_late_month(Month.of(today)).start <= oldest, today
 
 
 def test_unpriced_usage_is_a_problem_and_the_rest_is_posted(world):
