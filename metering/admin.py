@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from datetime import datetime
 from functools import cached_property
+from textwrap import shorten
 from typing import Any
 
 from django import forms
@@ -184,8 +185,8 @@ class UsageCorrectionAdmin(MeteringAdmin):
     """Compensating records, newest first."""
 
     list_display = (
-        *("created_at", "kind", "event", "tenant", "served_model", "input_tokens", "output_tokens"),
-        *("actor_name", "is_live"),
+        *("created_at", "kind", "event", "tenant", "input_tokens", "output_tokens", "actor_name", "why"),
+        "is_live",
     )
     list_display_links = ("created_at",)
     list_filter = ("kind",)
@@ -199,6 +200,10 @@ class UsageCorrectionAdmin(MeteringAdmin):
     def event(self, row: UsageCorrection) -> SafeString:
         url = reverse("admin:metering_usageevent_change", args=[row.call_id])
         return format_html('<a class="tb-link tb-nowrap" href="{}">{}</a>', url, row.call_id)
+
+    @admin.display(description="reason")
+    def why(self, row: UsageCorrection) -> SafeString:
+        return format_html('<span title="{}">{}</span>', row.reason, shorten(row.reason, 60, placeholder="…"))
 
     @admin.display(description="live", boolean=True)
     def is_live(self, row: UsageCorrection) -> bool:
