@@ -128,10 +128,7 @@ class EventSorter:
         self._groups: dict[tuple[Any, ...], EventGroup] = {}
 
     def sort(self, arrivals: Sequence[Arrival], first_position: int = 0) -> SortedArrivals:
-        """Return the rows of arrivals, or why they must be held. Every arrival of a recording passes here.
-
-        `first_position`: the position of the first of them in the recording.
-        """
+        """Return the rows of arrivals, or why they are held; the first is at `first_position` of its recording."""
         groups = self._groups
         first_us, last_us = self._now_us - EVENT_AGE_DAYS_MAX * US_PER_DAY, self._now_us + EVENT_AHEAD_US_MAX
         result = SortedArrivals([], [], [])
