@@ -250,7 +250,6 @@ def _build_event(
     outcome, counts = values.get("outcome"), any(values.get(name) for name in TOKEN_FIELDS)
     if outcome == Outcome.UPSTREAM_ERROR and not counts:
         values["usage_source"] = UsageSource.NONE
-    values.pop("call_id", None)
     try:
         record = msgspec.convert(values, UsageRecord)
         return build_countable_event(record, CatalogNames(catalog), default_source=BACKFILL_PRODUCER).event

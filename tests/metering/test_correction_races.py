@@ -28,7 +28,7 @@ from django.db import connection, transaction
 from gateway.contract.usage_event import UsageEvent
 from metering.core.aggregation import RollupKey, UsageSums, build_event_sums, build_rollup_key
 from metering.corrections import TOKEN_FIELDS, CorrectionRequest, record_correction
-from metering.errors import CallRecordedError, CallUnknownError
+from metering.errors import CallRecordedError, CallUnknownError, CorrectionKeyReusedError
 from metering.models import UsageCorrection, UsageRollup
 from metering.rolling_up import RollUpTotals
 from metering.selectors import sum_event_counts
@@ -217,6 +217,40 @@ def test_corrections_race_live_consumers(metering: redis.Redis, consumers: Consu
     assert seen["new"] == seen["repeated"] == UsageCorrection.objects.exclude(actor_name="metering").count()
 
 
+def wait_for_a_waiting_lock(cursor: Any) -> None:
+    """Return when another connection waits for a lock."""
+    deadline = time.monotonic() + 20
+    while True:
+        cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        if cursor.fetchone() != (0,):
+            return
+        assert time.monotonic() < deadline, "nobody waits for a lock"
+
+
+def test_key_that_another_call_takes_meanwhile_is_refused(metering: redis.Redis) -> None:
+    events = [build_event(seq, occurred_at_us=START_US + seq) for seq in (1, 2)]
+    send(metering, events)
+    assert roll_up().rolled_up == 2
+    frame = {"kind": "void", "idempotency_key": "1", "reason": "test"}
+    first, second = (msgspec.convert(frame | {"call_id": event.call_id}, CorrectionRequest) for event in events)
+
+    def record_second() -> None:
+        try:
+            record_correction(second, actor_name="bob")
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        with transaction.atomic(), connection.cursor() as cursor:
+            record_correction(first, actor_name="ann")
+            recording = pool.submit(record_second)
+            wait_for_a_waiting_lock(cursor)
+        with pytest.raises(CorrectionKeyReusedError):
+            recording.result(timeout=20)
+    assert UsageCorrection.objects.get().actor_name == "ann"
+    assert UsageRollup.objects.get().calls == 1
+
+
 def test_event_that_comes_while_its_backfill_is_amended_waits_and_leaves_it(metering: redis.Redis) -> None:
     late = build_event(1, occurred_at_us=START_US)
     frame = {"call_id": late.call_id, "reason": "test", "input_tokens": 70, "output_tokens": 7}
@@ -235,12 +269,7 @@ def test_event_that_comes_while_its_backfill_is_amended_waits_and_leaves_it(mete
         with transaction.atomic(), connection.cursor() as cursor:
             record_correction(msgspec.convert(amendment, CorrectionRequest), actor_name="ann")
             recording = pool.submit(record_it)
-            deadline = time.monotonic() + 20
-            while True:
-                cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
-                if cursor.fetchone() != (0,):
-                    break
-                assert time.monotonic() < deadline, "the recorder waits for nothing"
+            wait_for_a_waiting_lock(cursor)
         assert recording.result(timeout=20).conflicts == 1
     assert UsageRollup.objects.get().input_tokens == 71
     assert UsageCorrection.objects.count() == 2

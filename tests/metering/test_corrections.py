@@ -14,6 +14,7 @@ from django.db import IntegrityError, connection, transaction
 
 from gateway.contract.usage_event import UsageEvent, build_call_id
 from metering import errors
+from metering.catalog import store_catalog_snapshot
 from metering.core.aggregation import RollupKey, UsageSums
 from metering.core.windows import get_instant
 from metering.corrections import CorrectionRequest, RecordedCorrection, preview_correction, record_correction
@@ -21,8 +22,9 @@ from metering.models import ConflictingEvent, CorrectionDelta, QuarantinedEvent,
 from metering.models import UsageEvent as UsageEventRow
 from metering.selectors import sum_event_counts
 from metering.services import roll_up, void_quarantined_events
+from metering.usage_sums import UsageFilter, list_usage
 from metering.verification import verify_period
-from tests.metering.builders import build_event, get_us, send
+from tests.metering.builders import build_event, build_snapshot, get_us, send
 
 OCTOBER = (date(2026, 10, 1), date(2026, 11, 1))
 AT_US = get_us("2026-10-05T18:00:00")  # the 6th in Shanghai, the 5th in New York
@@ -103,6 +105,7 @@ def test_void_bills_nothing_and_an_amendment_after_it_names_all_counts(calls: li
     record("void", calls[0], idempotency_key="void-2")
     record("void", calls[1], idempotency_key="void-3")
     assert list_rollups() == {}
+    assert list_usage(UsageFilter(), ("tenant_id",)) == []  # what is empty is no usage
     assert verify_period(*OCTOBER).differences == []
 
 
@@ -137,6 +140,45 @@ def test_backfill_without_a_call_id_gets_the_same_one_again(calls: list[UsageEve
     other = record("backfill", **fields, idempotency_key="another")
     assert other.correction.call_id != first.correction.call_id
     assert UsageRollup.objects.get(api_key_id=0).calls == 2
+
+
+def test_day_of_a_call_stays_where_its_tenants_zone_changed_since(calls: list[UsageEvent]) -> None:
+    """The 6th in Shanghai is the 5th in UTC. What is billed of a call does not wander with a setting."""
+    snapshot = build_snapshot(version=2)
+    moved = tuple(
+        msgspec.structs.replace(tenant, timezone="UTC") if tenant.tenant_id == 1 else tenant
+        for tenant in snapshot.tenants
+    )
+    store_catalog_snapshot(msgspec.structs.replace(snapshot, tenants=moved))
+    record("amend", calls[0], input_tokens=400)
+    assert list_rollups() == {(1, "2026-10-06", 1, "completed"): (2, 1400, 200, 400, 40)}
+
+
+def test_backfilled_failure_of_a_provider_counts_no_tokens(calls: list[UsageEvent]) -> None:
+    failed = build_call(3)
+    counts = {"input_tokens": 0, "output_tokens": 0}
+    record("backfill", failed, tenant="tenant-1", served_model="llama-1", outcome="upstream_error", **counts)
+    assert list_rollups()[1, "2026-10-06", 1, "upstream_error"] == (1, 0, 0, 0, 0)
+    assert UsageEventRow.objects.get(call_id=failed.call_id).usage_source == "none"
+
+
+def test_time_of_a_call_cannot_be_amended(calls: list[UsageEvent]) -> None:
+    with pytest.raises(errors.CorrectionRefusedError, match="void it and backfill another") as refused:
+        record("amend", calls[0], input_tokens=400, occurred_at=get_instant(AT_US))
+    assert refused.value.code == "time_is_fixed"
+
+
+def test_delta_that_changes_nothing_is_not_written(calls: list[UsageEvent]) -> None:
+    record("void", calls[0])
+    moved = record("amend", calls[0], tenant="tenant-2", input_tokens=200, output_tokens=5).correction
+    assert [(delta.tenant_id, delta.calls) for delta in moved.deltas.all()] == [(2, 1)]
+    assert verify_period(*OCTOBER).differences == []
+
+
+def test_void_takes_no_counts(calls: list[UsageEvent]) -> None:
+    with pytest.raises(errors.CorrectionRefusedError, match="a void takes no output_tokens") as refused:
+        record("void", calls[0], output_tokens=0)
+    assert refused.value.code == "void_states_nothing"
 
 
 def test_repetition_changes_nothing_and_a_reused_key_is_refused(calls: list[UsageEvent]) -> None:
