@@ -12,6 +12,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import openai
 import pytest
@@ -19,7 +21,8 @@ import redis
 
 from gateway.contract.catalog_snapshot import Limits
 from gateway.contract.usage_event import UsageEvent
-from gateway.idempotency import IDEMPOTENCY
+from gateway.exchange import Exchange
+from gateway.idempotency import IDEMPOTENCY, RecordingExchange
 from tests.conftest import make_reachable_folder
 from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds
 from tests.gateway.conftest import wait_for_version
@@ -314,6 +317,16 @@ def test_an_answer_too_large_to_be_stored_is_not_billed_twice(
     assert second.headers["x-should-retry"] == "false"
     assert first.headers["x-request-id"] in json.loads(second.body)["error"]["message"]
     assert len(counts.read_events()) == len(counts.read_served()) == 1
+
+
+def test_an_answer_of_the_greatest_size_is_stored_and_one_byte_more_is_not_kept() -> None:
+    exchange: Any = SimpleNamespace(**dict.fromkeys((*Exchange.__slots__, "keeps_answer")))
+    recording = RecordingExchange(exchange, bytes_max=3, store=None)
+    for data, kept in ((b"ab", b"ab"), (b"c", b"abc"), (b"d", None)):
+        recording._keep(data)
+        assert recording.get_body() == kept
+    # Its memory is given back at once.
+    assert recording._parts == []
 
 
 def test_a_client_that_left_is_told_that_what_it_got_was_billed(
