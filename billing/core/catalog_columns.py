@@ -71,6 +71,23 @@ def text(length_max: int, *, is_empty_allowed: bool = False) -> Reader:
     return read
 
 
+def base_url(value: object) -> str:
+    """Read the base URL of an upstream, or "". It is published and shown, so it holds no user and no password."""
+    url: str = text(300, is_empty_allowed=True)(value)
+    if has_credential(url):
+        raise ValueError("must have no user and no password; put the credential in a variable and name it")
+    return url
+
+
+def has_credential(url: str) -> bool:
+    """Return whether a URL, well-formed or not, may have a user or a password.
+
+    >>> has_credential("https://user:word@host/v1"), has_credential("https://host/models/a@b")
+    (True, False)
+    """
+    return "@" in url.partition("://")[2].partition("/")[0] or bool(re.match(r"[^/]*//[^/]*:[^/@]*/[^/]*@", url))
+
+
 def slug(value: object) -> str:
     """Read a name such as `baidu-qianfan`."""
     if not isinstance(value, str) or not SLUG_PATTERN.fullmatch(value):

@@ -142,7 +142,7 @@ class UpstreamRow:
     provider: str = column(read.slug)
     price_book: str = column(read.slug)
     kind: str = column(read.choice(*UPSTREAM_KINDS))
-    base_url: str = column(read.text(300, is_empty_allowed=True), default="")
+    base_url: str = column(read.base_url, default="")
     provider_model: str = column(read.text(200))
     credential_env: str = column(read.text(100, is_empty_allowed=True), default="")
     region: str = column(read.text(40, is_empty_allowed=True), default="")

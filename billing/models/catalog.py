@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from django.core.exceptions import ValidationError
 from django.db import models
 
+from billing.core.catalog_columns import has_credential
 from billing.models.parties import POSITIVE, SLUG, Party, Provider
 from billing.models.pricing_books import PriceBook
 
@@ -79,6 +81,11 @@ class Upstream(models.Model):
 
     class Meta:
         ordering = ("slug",)
+
+    def clean(self) -> None:
+        """Refuse a base URL with a user or a password: it is published to every gateway, and shown."""
+        if has_credential(self.base_url):
+            raise ValidationError({"base_url": "must have no user and no password; name a variable that holds them"})
 
     def __str__(self) -> str:
         return self.slug

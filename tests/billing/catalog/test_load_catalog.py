@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from django.core.exceptions import ValidationError
 from django.core.management import CommandError, call_command
 
 from billing.core.catalog_file import CatalogFileError
@@ -330,3 +331,23 @@ def test_counts_of_the_demo(loaded):
         "Contract": 4,
         "ExchangeRate": 1,
     }
+
+
+@pytest.mark.parametrize("base_url", ["https://user:stapleword@host/v1", "https://user@host/v1", "https://u:a/b@host"])
+def test_a_base_url_with_a_credential_is_refused_and_not_shown(demo, base_url):
+    text = demo.replace("\n[[upstreams]]\n", f'\n[[upstreams]]\nbase_url = "{base_url}"\n', 1)
+    assert base_url in text
+    with pytest.raises(CatalogFileError) as caught:
+        load(text)
+    assert "base_url must have no user and no password" in str(caught.value)
+    assert base_url not in str(caught.value)
+    assert "stapleword" not in str(caught.value)
+    assert Upstream.objects.count() == 0
+
+
+def test_a_base_url_with_a_credential_is_refused_in_forms(loaded):
+    upstream = Upstream.objects.first()
+    upstream.full_clean()
+    upstream.base_url = "https://user:stapleword@host/v1"
+    with pytest.raises(ValidationError, match="no user and no password"):
+        upstream.full_clean()
