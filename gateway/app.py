@@ -450,7 +450,7 @@ def _parse_request(exchange: Exchange, endpoint: str) -> CallRequest:
         endpoint=endpoint,
         body=body,
         json=parsed,
-        streamed=parsed.get("stream") is True,
+        streamed=parsed.get("stream") is True and endpoint != "embeddings",
         client_asked_usage=isinstance(options, dict) and options.get("include_usage") is True,
         headers=(
             *((name, exchange.headers[name]) for name in FORWARDED_HEADERS if name in exchange.headers),

@@ -53,6 +53,7 @@ from gateway.event_log import EventLog
 from gateway.exchange import Exchange
 from gateway.providers import get_provider
 from gateway.providers.base import CallResult, EmittedText, Provider, ProviderError, ReportedUsage, UpstreamFailure
+from gateway.providers.upstream_errors import build_invalid_answer
 from gateway.routing import CircuitBreakers, list_candidates
 from gateway.settings import Settings
 from gateway.telemetry import OPERATIONS, Telemetry
@@ -194,9 +195,8 @@ class Relay:
                 body = await connection.read_body(bytes_max=ERROR_BYTES_MAX)
                 failure = provider.classify_error(connection.status, connection.headers, body)
                 raise build_reported_failure(failure, upstream, status=connection.status)
-            if call.request.streamed and connection.headers.get("content-type", "").startswith(
-                provider.stream_content_type
-            ):
+            content_type = connection.headers.get("content-type", "").lower()
+            if call.request.streamed and content_type.startswith(provider.stream_content_type):
                 await self._relay_stream(upstream, provider, connection)
             else:
                 await self._relay_whole(upstream, provider, connection)
@@ -249,8 +249,12 @@ class Relay:
         headers = connection.headers
         self._release()
         result = provider.parse_response(body, headers, context_tokens_max=call.window_tokens, call=call.request)
-        if result.error is not None:
-            raise build_reported_failure(result.error, upstream)
+        failure = result.error
+        if failure is None and call.request.streamed:
+            # A client finds no frames in a whole body: it would take it for an empty answer.
+            failure = build_invalid_answer("The provider's answer is not a stream.")
+        if failure is not None:
+            raise build_reported_failure(failure, upstream)
         self._note_success(upstream)
         if self._is_gone and not exchange.keeps_answer:
             await self._settle_gone(result)
@@ -381,8 +385,7 @@ class Relay:
             self._parts.admission.cancel(self._call)
 
     async def _settle_gone(self, result: CallResult) -> None:
-        verdict = await self._judge(result, Outcome.CLIENT_ABORTED)
-        await self._settle(verdict)
+        await self._settle(await self._judge(result, Outcome.CLIENT_ABORTED))
 
     async def _settle_abandoned(self) -> None:
         """The process must stop: record what a stream has said so far; of any other call nothing is known."""
@@ -397,11 +400,7 @@ class Relay:
     async def _judge(self, result: CallResult, outcome: Outcome) -> Verdict:
         parts = self._parts
         return await judge_usage(
-            self._call,
-            result,
-            outcome=outcome,
-            telemetry=parts.telemetry,
-            audit_permille=parts.settings.audit_permille,
+            self._call, result, outcome=outcome, telemetry=parts.telemetry, audit_permille=parts.settings.audit_permille
         )
 
     async def _note_failure(

@@ -169,7 +169,8 @@ class StreamMeter(Protocol):
 class Provider(Protocol):
     """One kind of upstream. Stateless: one object serves all calls.
 
-    `stream_content_type` is how the content type of a streamed answer begins; any other is a whole body.
+    `stream_content_type` is how the content type of a streamed answer begins; any other is a whole body, which is
+    no answer where a stream was asked for.
 
     `call`, where it is passed to the two readers, gives them what the request asked for: whether continuous
     usage was the client's own wish, the number of choices, and the model's name for translated answers.

@@ -71,10 +71,15 @@ def join_chunks(wire: bytes) -> bytes:
         pieces.append(piece)
 
 
-def stream(*frames: bytes, piece_bytes: int = 1 << 20, is_chunked: bool = True) -> Callable[[bytes], list[bytes]]:
+def stream(
+    *frames: bytes,
+    piece_bytes: int = 1 << 20,
+    is_chunked: bool = True,
+    content_type: bytes = b"text/event-stream; charset=utf-8",
+) -> Callable[[bytes], list[bytes]]:
     """Return what answers with a stream, sent in pieces of so many bytes of the wire."""
     data = b"".join(frames)
-    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n" % content_type
     if is_chunked:
         wire = head + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
     else:
@@ -488,3 +493,27 @@ def open_call(stack: Stack, body: bytes) -> socket.socket:
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\ncontent-length: %d\r\n\r\n"
     connection.sendall(head % (stack.api_key.encode(), len(body)) + body)
     return connection
+
+
+def test_a_whole_answer_to_who_asked_for_a_stream_is_no_answer(stack: Stack, upstream: ScriptedUpstream) -> None:
+    """A client finds no frames in it, and would take it for an empty one."""
+    head, received = send(stack, STREAM)
+    assert head.startswith(b"HTTP/1.1 502 ")
+    assert json.loads(received)["error"]["code"] == "upstream_invalid_response"
+    streaming = ScriptedUpstream(stream(*SAID, TOTAL, DONE, content_type=b"Text/Event-Stream"))
+    stack.catalog.add_upstream(2, streaming.url + "/v1", kind="openai_compatible", priority=1)
+    stack.publish()
+    assert send(stack, STREAM)[1] == b"".join(SAID) + DONE
+    streaming.close()
+    first, second = read_events(stack.redis)
+    assert (first.outcome, first.output_tokens) == ("upstream_error", 0)
+    assert (second.outcome, second.upstream_id, second.output_tokens) == ("completed", 2, 4)
+    assert [attempt.outcome for attempt in second.attempts] == ["upstream_invalid_response", "completed"]
+
+
+def test_embeddings_know_no_streams(stack: Stack, upstream: ScriptedUpstream) -> None:
+    body = b'{"object":"list","data":[],"usage":{"prompt_tokens":2,"total_tokens":2}}'
+    upstream.answer = lambda _request: [build_answer(body)]
+    asked = b'{"model":"%b","input":"Hi","stream":true}' % MODEL.encode()
+    assert send(stack, asked, path=b"/v1/embeddings")[1] == body
+    assert read_body(upstream.requests[0]) == b'{"model":"their/name","input":"Hi","stream":true}'
