@@ -185,11 +185,11 @@ def remove_credential(failure: UpstreamFailure, credential: str) -> UpstreamFail
 
     An upstream may say in its error what it was sent, and a credential may look like any word.
     """
-    texts = {"message": failure.message, "code": failure.code, "type": failure.type}
+    texts = {"message": failure.message, "code": failure.code, "type": failure.type, "param": failure.param or ""}
     for part in (credential, *credential.split(":")):
         if len(part) >= CREDENTIAL_CHARACTERS_MIN:
             texts = {name: text.replace(part, "[removed]") for name, text in texts.items()}
-    return msgspec.structs.replace(failure, **texts)
+    return msgspec.structs.replace(failure, **{**texts, "param": texts["param"] or None})
 
 
 def _build_ours(status: int, code: str, message: str) -> UpstreamFailure:

@@ -14,6 +14,7 @@ import redis
 
 from deploy.embedded.redis import EmbeddedRedis
 from tests.fakes.gateway_stack import Catalog, ServerProcess, build_gateway, build_sandbox
+from tests.fakes.scripted_upstream import ScriptedUpstream, build_answer, build_chat_body
 
 
 @dataclass
@@ -96,3 +97,21 @@ def stack(shared_stack: Stack) -> Stack:
     """The running stack, reset."""
     shared_stack.reset()
     return shared_stack
+
+
+@pytest.fixture
+def upstream(stack: Stack) -> Iterator[ScriptedUpstream]:
+    """The only upstream of the stack, which says what it is told."""
+    chat = build_chat_body(["fine"], input_tokens=11, output_tokens=2)
+    upstream = ScriptedUpstream(lambda _request: [build_answer(chat)])
+    serve_by(stack, upstream)
+    yield upstream
+    upstream.close()
+
+
+def serve_by(stack: Stack, upstream: ScriptedUpstream, **changes: object) -> None:
+    """Publish a catalog in which `upstream` is the only one."""
+    stack.catalog.upstreams.clear()
+    fields = {"kind": "openai_compatible", "has_continuous_usage": False, "provider_model": "their/name", **changes}
+    stack.catalog.add_upstream(1, upstream.url + "/v1", **fields)
+    stack.publish()

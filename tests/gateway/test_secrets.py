@@ -54,6 +54,10 @@ def answer(request: bytes) -> list[bytes]:
         return [b"HTTP/1.1 200 OK\r\n" + head + b"\r\nno header " + told_json]
     if model == "breaks-json":
         return [build_answer(b'{"choices": [' + told_json)]
+    if body["stream"]:
+        chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": "Hello"}}]}).encode()
+        frames = b"data: %b\n\ndata: [DONE]\n\n" % chunk
+        return [build_answer(frames, headers=b"content-type: text/event-stream\r\n")]
     return [build_answer(build_chat_body(["Hello"], input_tokens=11, output_tokens=1))]
 
 
@@ -291,5 +295,7 @@ def test_no_secret_is_anywhere(stack: CrashStack, echo: ScriptedUpstream) -> Non
     ],
 )
 def test_a_credential_is_removed_from_what_an_upstream_says(credential: str, message: str, shown: str) -> None:
-    failure = UpstreamFailure(400, message, message, message, is_retryable=False)
-    assert remove_credential(failure, credential) == UpstreamFailure(400, shown, shown, shown, is_retryable=False)
+    failure = UpstreamFailure(400, message, message, message, is_retryable=False, param=message)
+    assert remove_credential(failure, credential) == UpstreamFailure(
+        400, shown, shown, shown, is_retryable=False, param=shown
+    )
