@@ -44,6 +44,8 @@ from gateway.usage_report import build_usage_report
 
 log = logging.getLogger("gateway")
 
+# Whether a key may call is looked up when the head of its request is there, and again when it is served later than so.
+AUTHENTICATED_S = 0.1
 JSON_TYPE = (b"content-type", b"application/json")
 # Of the tenant's headers only these go on to a provider: never its key, its cookies or its SDK's marks.
 FORWARDED_HEADERS = (b"traceparent", b"tracestate")
@@ -126,14 +128,18 @@ class GatewayApp:
         now_ms = time.time_ns() // 1_000_000
         exchange.caller = self._authenticator.authenticate(authorization, catalog, now_ms=now_ms)
 
+    def _is_just_authenticated(self, exchange: Exchange) -> bool:
+        is_recent = time.monotonic() - exchange.started_at < AUTHENTICATED_S
+        return is_recent and exchange.catalog is self._snapshots.catalog
+
     async def serve(self, exchange: Exchange) -> None:
         """Answer one exchange."""
         if exchange.refusal is not None:
             self._refuse(exchange, exchange.refusal)
             return
         try:
-            if not exchange.route.is_public:
-                # Once more: its body may have come slowly, or it has waited for its turn, and a key ends meanwhile.
+            if not exchange.route.is_public and not self._is_just_authenticated(exchange):
+                # Its body came slowly, or it has waited for its turn: the key may have ended meanwhile.
                 self._authenticate(exchange)
             await exchange.route.serve(exchange)
         except GatewayError as error:

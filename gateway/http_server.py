@@ -61,8 +61,9 @@ class HttpConnection(asyncio.Protocol):
     header_bytes_max = 32 * 1024
     body_bytes_max = 32 * 1024 * 1024
     receive_timeout_s = 30.0
-    # A client that reads nothing for so long is cut off.
+    # A client that reads nothing for so long is cut off, and each when its answer takes that long in all.
     client_stall_s = 120.0
+    answer_max_s = 3600.0
     date_line = b""
 
     def __init__(self, application: Application, connections: set[Any], tasks: set[asyncio.Task[None]]) -> None:
@@ -98,6 +99,8 @@ class HttpConnection(asyncio.Protocol):
         self._upgrading: Exchange | None = None
         self._is_write_paused = False
         self._stall_deadline = _FOR_EVER
+        # Until then an answer that was begun must have been read: whoever is slow, upstream or client.
+        self._answer_deadline = _FOR_EVER
         # What the client had yet to read when `_stall_deadline` was set.
         self._unread_bytes = 0
         self._deadline = _FOR_EVER
@@ -130,7 +133,9 @@ class HttpConnection(asyncio.Protocol):
 
     def check_time(self, now: float) -> None:
         """Close a connection whose time is over; called by a coarse tick."""
-        if self._is_write_paused or (self._is_ending and self._transport.get_write_buffer_size()):
+        if now >= self._answer_deadline:
+            self.abort()
+        elif self._is_write_paused or (self._is_ending and self._transport.get_write_buffer_size()):
             if now >= self._stall_deadline and not self._has_read():
                 self.abort()
             elif self._is_ending:
@@ -330,6 +335,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _start(self, exchange: Exchange) -> None:
         self._current = exchange
+        self._answer_deadline = self._loop.time() + self.answer_max_s
         # An eager task runs at once, up to its first wait: most of a call's work needs no turn of the loop.
         task: asyncio.Task[None] = asyncio.Task(self._application.serve(exchange), loop=self._loop, eager_start=True)
         if task.done():
@@ -356,6 +362,7 @@ class HttpConnection(asyncio.Protocol):
             self._start(exchange)
 
     def _await_request(self) -> None:
+        self._answer_deadline = _FOR_EVER
         self._deadline = self._loop.time() + (self.receive_timeout_s if self._has_begun else KEEP_ALIVE_S)
         if self._owes_continue:
             self._send_continue()

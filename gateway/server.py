@@ -27,6 +27,7 @@ def serve(settings: Settings, listener: socket.socket, *, worker: str) -> int:
     HttpConnection.body_bytes_max = settings.request_bytes_max
     HttpConnection.receive_timeout_s = settings.receive_timeout_s
     HttpConnection.client_stall_s = settings.client_stall_s
+    HttpConnection.answer_max_s = settings.answer_max_s
     application = GatewayApp(settings, worker=worker)
 
     def build_connection(*, server_state: ServerState, **_others: Any) -> HttpConnection:

@@ -50,6 +50,7 @@ class Settings:
     header_bytes_max: int = 32 * 1024
     receive_timeout_s: int = 30
     client_stall_s: int = 120
+    answer_max_s: int = 3_600
     snapshot_age_max_s: int = 86_400
     audit_permille: int = 20
     idempotency_ttl_s: int = 86_400
@@ -86,6 +87,7 @@ _INTEGERS = (
     ("TOLLBOOK_GATEWAY_HEADER_BYTES_MAX", "header_bytes_max", 1_024, 1 << 20),
     ("TOLLBOOK_GATEWAY_RECEIVE_TIMEOUT_S", "receive_timeout_s", 1, 3_600),
     ("TOLLBOOK_GATEWAY_CLIENT_STALL_S", "client_stall_s", 1, 3_600),
+    ("TOLLBOOK_GATEWAY_ANSWER_MAX_S", "answer_max_s", 1, 86_400),
     ("TOLLBOOK_GATEWAY_SNAPSHOT_AGE_MAX_S", "snapshot_age_max_s", 1, 31 * 86_400),
     ("TOLLBOOK_GATEWAY_AUDIT_PERMILLE", "audit_permille", 0, 1_000),
     ("TOLLBOOK_GATEWAY_IDEMPOTENCY_TTL_S", "idempotency_ttl_s", 1, 31 * 86_400),

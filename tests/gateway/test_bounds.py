@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -254,5 +255,44 @@ def test_a_client_that_never_reads_is_cut_off_and_so_is_its_upstream(
                 received += chunk
             assert not received.endswith(b"0\r\n\r\n")
     finally:
+        upstream.close()
+    assert read_holds(stack.redis) == NO_HOLDS
+
+
+def test_an_answer_that_never_ends_is_cut_off_and_bills_what_was_emitted(
+    stack: Stack, tmp_path: Path, gateway_redis_url: str
+) -> None:
+    sent = 0
+
+    def trickle(_request: bytes) -> Iterator[bytes]:
+        nonlocal sent
+        yield b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+        for sent in range(1, 200):
+            usage = {"prompt_tokens": 11, "completion_tokens": sent, "total_tokens": 11 + sent}
+            chunk = {"id": "c", "choices": [{"index": 0, "delta": {"content": "w"}}], "usage": usage}
+            yield b"data: %b\n\n" % json.dumps(chunk).encode()
+            time.sleep(0.1)
+
+    upstream = ScriptedUpstream(trickle)  # type: ignore[arg-type]
+    gateway = build_gateway(tmp_path, gateway_redis_url, GATEWAY_ANSWER_MAX_S="2")
+    gateway.start()
+    try:
+        stack.catalog.upstreams.clear()
+        stack.catalog.add_upstream(1, upstream.url + "/v1", kind="vllm")
+        stack.publish()
+        wait_for_version(gateway, stack.catalog.version)
+        with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as client:
+            client.sendall(build_request(stack, CALL[:-1] + b', "stream": true}'))
+            received = b""
+            with contextlib.suppress(ConnectionResetError):
+                while chunk := client.recv(65536):
+                    received += chunk
+        (event,) = wait_for_events(stack.redis, 1)
+        assert not received.endswith(b"0\r\n\r\n")
+        assert (event.outcome, event.usage_source, event.input_tokens) == ("client_aborted", "provider_partial", 11)
+        # Every frame that the client got, and not many more: the upstream was left.
+        assert received.count(b"data: ") <= event.output_tokens <= sent < 100
+    finally:
+        gateway.stop()
         upstream.close()
     assert read_holds(stack.redis) == NO_HOLDS
