@@ -76,7 +76,11 @@ class Spool:
         self.path = path
         self.bytes_max = bytes_max
         self._file = _open_locked(path, os.O_CREAT if path.name.startswith(".new-") else 0)
-        self.size_bytes = self.allocated_bytes = self._cut_torn_tail()
+        try:
+            self.size_bytes = self.allocated_bytes = self._cut_torn_tail()
+        except OSError:
+            self.close()
+            raise
 
     @property
     def is_empty(self) -> bool:
@@ -195,6 +199,10 @@ def open_orphan_spools(folder: Path) -> list[Spool]:
         try:
             spool = Spool(path, bytes_max=ORPHAN_BYTES_MAX)
         except (BlockingIOError, FileNotFoundError):
+            continue
+        except OSError as error:
+            # Another user's, or a broken disk: no reason to keep the others waiting.
+            log.error("the spool %s cannot be opened and is left: %s", path.name, error.strerror)
             continue
         if path.exists():
             orphans.append(spool)

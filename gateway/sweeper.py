@@ -168,7 +168,7 @@ class Sweeper:
             await asyncio.sleep(ADOPTION_S)
 
     async def _adopt_orphans(self) -> bool:
-        """Replay the spools that dead processes left on this machine; return whether none is left.
+        """Replay the spools that dead processes left on this machine; return whether none is left that could be.
 
         One process of the machine does so at a time: a spool that another one is replaying is locked, like those of
         the living.
@@ -179,17 +179,29 @@ class Sweeper:
                 return False
             try:
                 orphans = await self._loop.run_in_executor(self._disk, open_orphan_spools, self._settings.spool_dir)
-                self._is_adopting = bool(orphans)
-                if orphans:
-                    self._renew()
+                if not orphans:
+                    return self._redis.is_up
+                self._say_adopting(True)
                 outcomes = [await self._adopt(orphan) for orphan in orphans]
-                return all(outcomes) and self._redis.is_up
+                if not all(outcomes):
+                    return False
+                self._say_adopting(False)
+                return self._redis.is_up
             finally:
                 self._is_adopting = False
                 os.close(turn)
 
+    def _say_adopting(self, is_adopting: bool) -> None:
+        """Tell the sweepers of all machines at once whether to wait for what is replayed here."""
+        self._is_adopting = is_adopting
+        self._renew()
+
     async def _adopt(self, spool: Spool) -> bool:
-        """Replay the spool of a dead process under its own producer, then remove it; keep it when Redis goes away."""
+        """Replay the spool of a dead process under its own producer, then remove it; keep it when that fails.
+
+        Return False where Redis has gone away: the sweep waits for what the spool knows. It does not wait for a spool
+        that cannot be read, or that Redis refuses: that may last for ever, and a late settle is still heard.
+        """
         floors: dict[tuple[str, int], int] = {}
         offset = count = 0
         try:
@@ -204,11 +216,11 @@ class Sweeper:
                 await replay_records(self._redis, records, floors=floors)
                 count += sum(isinstance(record, SpooledSettle) for record in records)
                 offset = end
-        except (RedisUnavailableError, RedisReplyError) as error:
-            log.error("the orphan spool %s could not be replayed and is kept: %s", spool.path.name, error)
+            spool.remove()
+        except Exception as error:
+            log.error("the orphan spool %s could not be replayed and is kept: %r", spool.path.name, error)
             spool.close()
-            return False
-        spool.remove()
+            return not isinstance(error, RedisUnavailableError)
         if count:
             log.warning("adopted the spool %s: %d events", spool.path.name, count)
         return True

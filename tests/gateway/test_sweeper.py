@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -43,13 +45,11 @@ def place_expired_hold(stack: Stack, call_id: str, occurred_at_us: int) -> None:
     pipeline.execute()
 
 
-def test_the_spool_of_a_dead_process_is_replayed_before_its_calls_are_swept(stack: Stack, gateway_folder: Path) -> None:
-    """Looking for spools every few seconds is not enough: a lease may end before."""
-    occurred_at_us = time.time_ns() // 1_000 - 5_000_000
-    call_id = build_call_id(occurred_at_us, bytes(10))
+def write_dead_spool(gateway_folder: Path, producer: str, call_id: str, occurred_at_us: int) -> UsageEvent:
+    """Leave the spool of a process that died with the settle of a call of tenant 1; return its event."""
     event = UsageEvent(
         call_id=call_id,
-        producer="gw-dead",
+        producer=producer,
         seq=1,
         tenant_id=1,
         api_key_id=1,
@@ -62,10 +62,10 @@ def test_the_spool_of_a_dead_process_is_replayed_before_its_calls_are_swept(stac
         input_tokens=11,
         output_tokens=25,
     )
-    spool = open_own_spool(gateway_folder / "gateway" / "spool", "gw-dead", bytes_max=1 << 40)
+    spool = open_own_spool(gateway_folder / "gateway" / "spool", producer, bytes_max=1 << 40)
     settle = SpooledSettle(
         partition=1,
-        producer="gw-dead",
+        producer=producer,
         seq=1,
         mode="settle",
         call_id=call_id,
@@ -81,11 +81,48 @@ def test_the_spool_of_a_dead_process_is_replayed_before_its_calls_are_swept(stac
     )
     spool.append([settle])
     spool.close()
+    return event
+
+
+def test_the_spool_of_a_dead_process_is_replayed_before_its_calls_are_swept(stack: Stack, gateway_folder: Path) -> None:
+    """Looking for spools every few seconds is not enough: a lease may end before."""
+    occurred_at_us = time.time_ns() // 1_000 - 5_000_000
+    call_id = build_call_id(occurred_at_us, bytes(10))
+    event = write_dead_spool(gateway_folder, "gw-dead", call_id, occurred_at_us)
     place_expired_hold(stack, call_id, occurred_at_us)
     assert wait_for_events(stack.redis, 1) == [event]
     assert read_superseded(stack.redis) == []
     assert read_holds(stack.redis) == NO_HOLDS
     assert list((gateway_folder / "gateway" / "spool").glob("gw-dead*")) == []
+
+
+def test_a_spool_that_cannot_be_replayed_stops_neither_the_others_nor_the_sweep(
+    stack: Stack, gateway_folder: Path
+) -> None:
+    spools = gateway_folder / "gateway" / "spool"
+    occurred_at_us = time.time_ns() // 1_000 - 5_000_000
+    # In the order in which they are found: no file, a newer version's record, one that Redis refuses, a sound one.
+    (spools / "gw-a.spool").mkdir()
+    payload = b"\x91\xa5other"
+    hidden = spools / ".new-gw-b"
+    hidden.write_bytes(struct.pack("<II", len(payload), zlib.crc32(payload)) + payload)
+    hidden.rename(spools / "gw-b.spool")
+    stack.redis.rpush(KEYS.get_seq_key("gw-c"), "no number")
+    write_dead_spool(gateway_folder, "gw-c", build_call_id(occurred_at_us, b"c" * 10), occurred_at_us)
+    call_id = build_call_id(occurred_at_us, bytes(10))
+    event = write_dead_spool(gateway_folder, "gw-d", call_id, occurred_at_us)
+    place_expired_hold(stack, call_id, occurred_at_us)
+    assert wait_for_events(stack.redis, 1) == [event]
+    # A call of which no spool knows anything.
+    place_expired_hold(stack, build_call_id(occurred_at_us, b"e" * 10), occurred_at_us)
+    assert [event.outcome for event in wait_for_events(stack.redis, 2)] == ["completed", "abandoned"]
+    assert read_holds(stack.redis) == NO_HOLDS
+    # They are kept, and nobody holds them: they are looked at again.
+    assert sorted(path.name for path in spools.glob("gw-[a-d].spool")) == ["gw-a.spool", "gw-b.spool", "gw-c.spool"]
+    stack.redis.delete(KEYS.get_seq_key("gw-c"))
+    assert wait_for_events(stack.redis, 3)[2].producer == "gw-c"
+    (spools / "gw-a.spool").rmdir()
+    (spools / "gw-b.spool").unlink()
 
 
 def test_a_hold_that_cannot_be_read_stops_no_sweep(stack: Stack) -> None:
