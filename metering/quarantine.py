@@ -6,22 +6,24 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC
 
 import msgspec
 from django.db import connection, transaction
 from django.db.models import QuerySet
-from django.db.models.functions import Now
+from django.db.models.functions import Now, TruncDate
 
 from gateway.contract import usage_event
 from metering.catalog import load_catalog
 from metering.core.attribution import CATALOG_REASONS, QuarantineReason, find_quarantine_reason
-from metering.core.windows import US_PER_HOUR, get_at_us
+from metering.core.windows import US_PER_HOUR, get_at_us, get_utc_day
 from metering.event_partitions import ensure_event_partitions
 from metering.event_rows import Arrival
 from metering.models import QuarantinedEvent, Recording
 from metering.quarantine_rows import find_late_settle
 from metering.recording import ArrivalState, EventRecorder, RecordingOrigin
 from metering.recording_sql import write_hourly_counts
+from metering.retention.reading import list_unreadable_days
 from metering.sourced_events import CallNames, attribute_by_names
 
 _BATCH_SIZE = 1_000
@@ -47,6 +49,8 @@ EXPLANATIONS: dict[QuarantineReason, str] = {
     QuarantineReason.UNBELIEVABLE_DETAIL: "A text or number in it cannot be stored. Void, and record it anew.",
     QuarantineReason.SEQUENCE_REUSED: "Its number was used by another call: its producer counted from anew. Release "
     "it if it is a call of its own.",
+    QuarantineReason.EXPORT_UNREADABLE: "The export of its day cannot be read, so it may be recorded already. Bring "
+    "the file back: then it is released by itself.",
 }
 
 
@@ -75,13 +79,17 @@ def release_quarantined_events(ids: Sequence[int] | None = None, *, actor_name: 
 
 
 def release_attributable_events() -> ReleaseResult:
-    """Release what a newer catalog explains. Events tried with the newest one are not tried again."""
-    held = QuarantinedEvent.objects.filter(
-        state=QuarantinedEvent.State.HELD,
-        reason__in=CATALOG_REASONS,
-        catalog_version__lt=load_catalog().snapshot.version,
-    )
-    return _release(held, "metering", "attributable with a newer catalog")
+    """Release what a newer catalog explains, and what waited for an export that can be read again.
+
+    Events tried with the newest catalog are not tried again.
+    """
+    held = QuarantinedEvent.objects.filter(state=QuarantinedEvent.State.HELD)
+    explained = held.filter(reason__in=CATALOG_REASONS, catalog_version__lt=load_catalog().snapshot.version)
+    result = _release(explained, "metering", "attributable with a newer catalog")
+    waiting = held.filter(reason=QuarantineReason.EXPORT_UNREADABLE).annotate(day=TruncDate("counted_hour", tzinfo=UTC))
+    days = set(waiting.order_by().values_list("day", flat=True).distinct())
+    readable = waiting.filter(day__in=days - list_unreadable_days(days))
+    return result + _release(readable, "metering", "the export of its day can be read again")
 
 
 def _release(held: QuerySet[QuarantinedEvent], actor_name: str, note: str) -> ReleaseResult:
@@ -117,10 +125,11 @@ def _release_batch(ids: list[int], actor_name: str, note: str) -> ReleaseResult:
         else:
             row.reason, row.catalog_version = reason, catalog.version
             row.save(update_fields=["reason", "catalog_version"])
+    ensure_event_partitions((arrival.event for _, arrival in passing), now_us=now_us)
+    passing = _keep_undecidable(passing)
     if not passing:
         return ReleaseResult(held=len(rows))
     arrivals = [arrival for _, arrival in passing]
-    ensure_event_partitions((arrival.event for arrival in arrivals), now_us=now_us)
     _uncount([row for row, _ in passing])
     recorder = EventRecorder(catalog, RecordingOrigin(Recording.Kind.RELEASE), is_key_required=False)
     recorded = recorder.record(arrivals)
@@ -132,6 +141,20 @@ def _release_batch(ids: list[int], actor_name: str, note: str) -> ReleaseResult:
         row.resolved_at, row.resolved_by, row.resolution_note = Now(), actor_name, note
         row.save(update_fields=["state", "resolved_at", "resolved_by", "resolution_note"])
     return ReleaseResult(released, len(passing) - released, len(rows) - len(passing))
+
+
+def _keep_undecidable(passing: list[tuple[QuarantinedEvent, Arrival]]) -> list[tuple[QuarantinedEvent, Arrival]]:
+    """Return what may be recorded now; the rest stays held, because the export of its day cannot be read.
+
+    A used number keeps its reason: that it is another call remains a person's decision.
+    """
+    unreadable = list_unreadable_days({get_utc_day(arrival.event.occurred_at_us) for _, arrival in passing})
+    for row, arrival in passing:
+        is_unreadable = get_utc_day(arrival.event.occurred_at_us) in unreadable
+        if is_unreadable and row.reason not in (QuarantineReason.EXPORT_UNREADABLE, QuarantineReason.SEQUENCE_REUSED):
+            row.reason = QuarantineReason.EXPORT_UNREADABLE
+            row.save(update_fields=["reason"])
+    return [pair for pair in passing if get_utc_day(pair[1].event.occurred_at_us) not in unreadable]
 
 
 def _uncount(rows: Sequence[QuarantinedEvent]) -> None:

@@ -6,6 +6,7 @@ Every arrival ends in exactly one state (see README.md); the database checks the
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from metering import failpoints
 from metering.backfills import replace_backfills
 from metering.core.aggregation import sum_events
 from metering.core.attribution import INT64_MAX, AttributionCatalog, QuarantineReason, find_quarantine_reason
-from metering.core.windows import US_PER_DAY, US_PER_HOUR, compute_call_id_floor, get_instant
+from metering.core.windows import US_PER_DAY, US_PER_HOUR, compute_call_id_floor, get_instant, get_utc_day
 from metering.errors import UnstorableEntryError
 from metering.event_partitions import get_detachable_end
 from metering.event_rows import (
@@ -54,7 +55,9 @@ from metering.recording_sql import (
     add_to_rollups,
     write_hourly_counts,
 )
-from metering.retention.reading import ALL_EVENTS, load_exported_calls
+from metering.retention.reading import ALL_EVENTS, ExportedCalls, load_exported_calls
+
+logger = logging.getLogger(__name__)
 
 _COUNTED_NOW = frozenset(
     {
@@ -64,6 +67,9 @@ _COUNTED_NOW = frozenset(
         QuarantineReason.IN_THE_FUTURE,
     }
 )
+
+# Of these each event is asked for by name: whoever asks can ask again. Of the other kinds it is held.
+_DECIDED_KINDS = frozenset({Recording.Kind.RELEASE, Recording.Kind.BACKFILL})
 
 
 class ArrivalState(StrEnum):
@@ -141,8 +147,8 @@ class EventRecorder:
         self._hourly: Counter[tuple[int, int, str]] = Counter()
         # Tenant and hour of the arrivals that are not counted where they say they happened, by position.
         self._counted_in: dict[int, tuple[int, int]] = {}
-        # Call ids of arrivals that are recorded in exports of old days, and where all events can be read.
-        self._exported: set[str] = set()
+        # What of the arrivals is recorded in exports of old days, and where all events can be read.
+        self._exported = ExportedCalls()
         self._all_events = "metering_usage_event"
 
     def record(
@@ -157,6 +163,7 @@ class EventRecorder:
         `conflicts` are known by another identity to contradict the call whose id they have; their states follow those
         of the arrivals. Partitions of the events' days must exist (`ensure_event_partitions`). Raises
         UnstorableEntryError where PostgreSQL refuses a value; the caller then rolls back and records smaller parts.
+        Raises ExportUnreadableError in a release or a backfill of a day whose export cannot be read.
         """
         with connection.cursor() as cursor:
             cursor.execute("SELECT nextval('metering_recording_id_seq')")
@@ -180,8 +187,12 @@ class EventRecorder:
         if oldest_us // US_PER_DAY >= get_detachable_end(self._now_us):
             return
         self._exported = load_exported_calls(arrival.event.call_id for arrival in self._arrivals)
-        if self._exported:
+        if self._exported.found:
             self._all_events = ALL_EVENTS
+        for error in self._exported.unreadable.values():
+            if self._origin.kind in _DECIDED_KINDS:
+                raise error
+            logger.error("late events are held in quarantine: %s", error)
 
     def _count(self, counts: Mapping[EventGroup, int], column: str) -> None:
         for group, count in counts.items():
@@ -242,13 +253,30 @@ class EventRecorder:
         )
         for start in range(0, len(self._arrivals), PART_ROWS):
             part = sorter.sort(self._arrivals[start : start + PART_ROWS], start)
+            if self._exported.unreadable:
+                part = self._hold_undecidable(part)
             sorted_out.fresh.extend(part.fresh)
             sorted_out.replays.extend(part.replays)
             sorted_out.held.extend(part.held)
-            if self._exported:
-                yield [row for row in part.fresh if row[1].call_id not in self._exported]
+            if self._exported.found:
+                yield [row for row in part.fresh if row[1].call_id not in self._exported.found]
             else:
                 yield part.fresh
+
+    def _hold_undecidable(self, part: SortedArrivals) -> SortedArrivals:
+        """Hold new numbers of days whose export cannot be read: their calls may be recorded there. Replays take the way
+        of all that is not found."""
+        fresh, held = [], list(part.held)
+        for row in part.fresh:
+            position, event = row[0], row[1]
+            if (
+                event.call_id in self._exported.found
+                or get_utc_day(event.occurred_at_us) not in self._exported.unreadable
+            ):
+                fresh.append(row)
+            else:
+                held.append((position, QuarantineReason.EXPORT_UNREADABLE))
+        return SortedArrivals(fresh, part.replays, held)
 
     def _count_received(self, sorted_out: SortedArrivals) -> None:
         self._count(Counter(row[2] for row in (*sorted_out.fresh, *sorted_out.replays)), "received")

@@ -74,7 +74,7 @@ def rollup_partition_task(partition: int) -> None:
 
 @shared_task(ignore_result=True)
 def release_attributable_events_task() -> None:
-    """Release held events that a newer catalog explains."""
+    """Release held events that a newer catalog explains, or whose export can be read again."""
     try:
         release_attributable_events()
     except CatalogMissingError:

@@ -37,7 +37,8 @@ _SOURCES = frozenset(source.value for source in UsageSource)
 
 
 class QuarantineReason(StrEnum):
-    """Why an event cannot be summed. The `unknown_` reasons are mended by a newer catalog snapshot."""
+    """Why an event cannot be summed. The `unknown_` reasons are mended by a newer catalog snapshot, `export_unreadable`
+    by the file that is back."""
 
     UNKNOWN_TENANT = "unknown_tenant"
     UNKNOWN_API_KEY = "unknown_api_key"
@@ -57,6 +58,7 @@ class QuarantineReason(StrEnum):
     USAGE_MISSING = "usage_missing"
     UNBELIEVABLE_DETAIL = "unbelievable_detail"
     SEQUENCE_REUSED = "sequence_reused"
+    EXPORT_UNREADABLE = "export_unreadable"
 
 
 CATALOG_REASONS = (

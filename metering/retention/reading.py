@@ -9,12 +9,13 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from django.conf import settings
-from django.db import connection
+from django.db import connection, transaction
 
 from metering.errors import ExportUnreadableError
 from metering.event_rows import EVENT_COLUMNS
@@ -131,8 +132,49 @@ def copy_into(
             raise _build_error(export, error) from error
 
 
-def load_exported_calls(call_ids: Iterable[str]) -> set[str]:
+@dataclass(frozen=True, slots=True)
+class ExportedCalls:
+    """Call ids that were found in exports, and by UTC day why an export of it cannot be read: of the other calls of
+    such a day nobody can say now whether they are recorded."""
+
+    found: set[str] = field(default_factory=set)
+    unreadable: dict[date, ExportUnreadableError] = field(default_factory=dict)
+
+
+def load_exported_calls(call_ids: Iterable[str]) -> ExportedCalls:
     """Load those of `call_ids` that are in exports into EXPORTED_TABLE, and return them. In a transaction."""
+    by_day = _group_by_day(call_ids)
+    exports = list_exports(min(by_day), max(by_day) + timedelta(days=1)) if by_day else []
+    exports = [export for export in exports if export.day in by_day]
+    if not exports:
+        return ExportedCalls()
+    create_exported_table()
+    unreadable = {}
+    with connection.cursor() as cursor:
+        cursor.execute(f"DELETE FROM {EXPORTED_TABLE}")
+        for export in exports:
+            try:
+                with transaction.atomic():  # a COPY that fails takes the transaction with it
+                    _check_file_once(export)
+                    copy_into(EXPORTED_TABLE, export, by_day[export.day])
+            except ExportUnreadableError as error:
+                unreadable[export.day] = error
+        cursor.execute(f"SELECT call_id::text FROM {EXPORTED_TABLE}")
+        return ExportedCalls({call_id for (call_id,) in cursor.fetchall()}, unreadable)
+
+
+def list_unreadable_days(days: Iterable[date]) -> set[date]:
+    """Return those of these UTC days of which an export cannot be read now."""
+    unreadable = set()
+    for export in ExportedDay.objects.filter(day__in=set(days), detachment__isnull=False):
+        try:
+            _check_file_once(export)
+        except ExportUnreadableError:
+            unreadable.add(export.day)
+    return unreadable
+
+
+def _group_by_day(call_ids: Iterable[str]) -> dict[date, list[uuid.UUID]]:
     by_day: dict[date, list[uuid.UUID]] = {}
     today = datetime.now(UTC).date()
     for text in call_ids:
@@ -144,18 +186,7 @@ def load_exported_calls(call_ids: Iterable[str]) -> set[str]:
         # Ids may be of any year, which no date follows; no day to come is exported.
         if day is not None and day < today:
             by_day.setdefault(day, []).append(call_id)
-    exports = list_exports(min(by_day), max(by_day) + timedelta(days=1)) if by_day else []
-    exports = [export for export in exports if export.day in by_day]
-    if not exports:
-        return set()
-    create_exported_table()
-    with connection.cursor() as cursor:
-        cursor.execute(f"DELETE FROM {EXPORTED_TABLE}")
-        for export in exports:
-            _check_file_once(export)
-            copy_into(EXPORTED_TABLE, export, by_day[export.day])
-        cursor.execute(f"SELECT call_id::text FROM {EXPORTED_TABLE}")
-        return {call_id for (call_id,) in cursor.fetchall()}
+    return by_day
 
 
 def check_file(export: ExportedDay) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
+from django.db import connection
 
+from gateway.contract.usage_event import UsageEvent
 from metering.catalog import clear_catalog_cache, store_catalog_snapshot
 from metering.event_partitions import clear_known_days
+from metering.services import roll_up
 from metering.stream import close_streams
-from tests.metering.builders import build_snapshot
+from tests.metering.builders import build_snapshot, send
+from tests.metering.old_days import FIRST, MONTH, build_day, close, list_tables
 
 
 @pytest.fixture
@@ -33,3 +40,26 @@ def _provide(redis_url: str) -> Iterator[redis.Redis]:
         yield client
     close_streams()
     clear_catalog_cache()
+
+
+@pytest.fixture
+def no_old_partitions(transactional_db: None) -> None:
+    """Partitions outlive the tests that made them, and other tests record in the past, too."""
+    for name in list_tables():
+        with connection.cursor() as cursor:
+            cursor.execute(f'DROP TABLE "{name}"')
+
+
+@pytest.fixture
+def old_days(
+    no_old_partitions: None, metering: redis.Redis, tmp_path: Path, settings: Any
+) -> tuple[redis.Redis, list[UsageEvent]]:
+    """Two days of 30 events each in a closed month, recorded; the value is a client of the streams, and the events."""
+    settings.METERING_EXPORT_DIR = tmp_path / "exports"
+    close(MONTH)
+    events = [
+        event for number in range(2) for event in build_day(FIRST + timedelta(days=number), first_seq=1 + 30 * number)
+    ]
+    send(metering, events)
+    assert roll_up().rolled_up == 60
+    return metering, events

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,13 @@ from django.core.management import CommandError, call_command
 from django.db import connection
 from django.test import Client
 
-from billing.models import SettlementPeriod
 from billing.services.retention import export_usage_events
-from gateway.contract.usage_event import Attempt, UsageEvent, build_call_id
+from gateway.contract.usage_event import UsageEvent, build_call_id
 from metering.corrections import CorrectionKind, CorrectionRequest, record_correction
 from metering.digests import list_changes, write_digest
 from metering.errors import ExportUnreadableError, UsageQuestionError
 from metering.models import DetachedPartition, ExportedDay, QuarantinedEvent, SequenceGap
 from metering.models import UsageEvent as UsageEventRow
-from metering.retention import reading
 from metering.retention.exporting import RETENTION_FAILPOINTS, DayState, export_old_days
 from metering.selectors import get_usage_event, sum_event_counts
 from metering.services import roll_up
@@ -41,54 +39,7 @@ from metering.usage_report import UsageQuestion, list_usage_page
 from metering.usage_sums import UsageFilter, sum_usage
 from metering.verification import verify_period
 from tests.metering.builders import build_event, send
-
-# Two whole months ago, so that its month can be closed and every day of it is old enough.
-FIRST = (datetime.now(UTC).date().replace(day=1) - timedelta(days=40)).replace(day=10)
-MONTH = FIRST.replace(day=1), (FIRST.replace(day=1) + timedelta(days=31)).replace(day=1)
-RETENTION_DAYS = 35
-
-
-def build_day(day: date, *, first_seq: int, count: int = 30, producer: str = "gateway-a-1") -> list[UsageEvent]:
-    """Events of tenant 1, a minute apart, with everything that a file must keep apart: NULLs, empty texts, quotes."""
-    start_us = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1_000_000
-    return [
-        build_event(
-            first_seq + number,
-            producer=producer,
-            occurred_at_us=start_us + number * 60_000_000 + 123_456,
-            first_byte_us=None if number % 3 else 7,
-            counted_input_tokens=None if number % 2 else 0,
-            region="" if number % 2 else 'a "quoted",\nregion, 北京',
-            provider_request_id="" if number == 5 else f"req-{day}-{number}",
-            attempts=(Attempt(1, "timeout", 0, 5, 0), Attempt(1, "completed", 200)) if number % 7 == 0 else (),
-            labels={"team": "a'b\\c"} if number % 5 == 0 else {},
-        )
-        for number in range(count)
-    ]
-
-
-@pytest.fixture(autouse=True)
-def _no_old_partitions(transactional_db: None) -> None:
-    """Partitions outlive the tests that made them, and other tests record in the past, too."""
-    for name in list_tables():
-        with connection.cursor() as cursor:
-            cursor.execute(f'DROP TABLE "{name}"')
-
-
-@pytest.fixture
-def old_days(metering: redis.Redis, tmp_path: Path, settings: Any) -> tuple[redis.Redis, list[UsageEvent]]:
-    settings.METERING_EXPORT_DIR = tmp_path / "exports"
-    close(MONTH)
-    events = [
-        event for number in range(2) for event in build_day(FIRST + timedelta(days=number), first_seq=1 + 30 * number)
-    ]
-    send(metering, events)
-    assert roll_up().rolled_up == 60
-    return metering, events
-
-
-def close(month: tuple[date, date]) -> None:
-    SettlementPeriod.objects.create(period_start=month[0], period_end=month[1], status="CLOSED")
+from tests.metering.old_days import FIRST, MONTH, RETENTION_DAYS, build_day, export, list_tables
 
 
 def test_command_lists_days_and_refuses_without_a_retention(
@@ -101,22 +52,6 @@ def test_command_lists_days_and_refuses_without_a_retention(
     ]
     with pytest.raises(CommandError, match="set TOLLBOOK_METERING_RETENTION_DAYS"):
         call_command("export_usage_events")
-
-
-def export(**options: Any) -> list[tuple[date, DayState, int]]:
-    results = export_usage_events(retention_days=RETENTION_DAYS, **options)
-    return [(result.day, result.state, result.events) for result in results]
-
-
-def list_tables() -> list[str]:
-    """Partitions and detached tables of old days."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname ~ 'usage_event_[0-9]{8}' AND "
-            "substring(relname from '[0-9]{8}') < %s ORDER BY 1",
-            [f"{datetime.now(UTC).date() - timedelta(days=RETENTION_DAYS):%Y%m%d}"],
-        )
-        return [row[0] for row in cursor.fetchall()]
 
 
 def describe(row: UsageEventRow) -> dict[str, Any]:
@@ -225,6 +160,7 @@ def test_late_event_of_an_exported_day_is_known_or_makes_a_second_part(
     assert (report.differences, report.events) == ([], 61)
 
 
+@pytest.mark.usefixtures("no_old_partitions")
 def test_a_call_id_of_the_last_day_of_all_stops_no_late_event(metering: redis.Redis) -> None:
     old = build_event(1, occurred_at_us=time.time_ns() // 1000 - 60 * 86_400_000_000)
     last_day_us = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
@@ -338,78 +274,6 @@ def test_damaged_file_drops_nothing_and_says_what_to_do(
     path.write_bytes(content)
     assert export()[0] == (FIRST, DayState.EXPORTED, 30)
     assert detached not in list_tables()
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_a_bit(path: Path) -> None:
-    """In the pages of the file, where the library would read on, answer otherwise, or take the process down."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def put_a_folder_there(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, cut, flip_a_bit, put_a_folder_there])
-def test_receipt_from_an_unreadable_export_is_503_and_the_log_says_what_to_do(
-    old_days: tuple[redis.Redis, list[UsageEvent]],
-    settings: Any,
-    caplog: pytest.LogCaptureFixture,
-    damage: Callable[[Path], None],
-) -> None:
-    export()
-    client = Client()
-    client.force_login(User.objects.create_user("sam", is_staff=True, is_superuser=True))
-    call_id = old_days[1][0].call_id
-    url = f"/api/v1/usage-events/{call_id}"
-    assert get_usage_event(call_id) is not None
-    manifest = ExportedDay.objects.get(day=FIRST)
-    path = settings.METERING_EXPORT_DIR / manifest.path
-    content = path.read_bytes()
-    damage(path)
-    void = {"kind": "void", "call_id": call_id, "reason": "test"}
-    headers = {"Idempotency-Key": "1"}
-    for response in (
-        client.get(url),
-        client.post("/api/v1/usage-corrections", void, content_type="application/json", headers=headers),
-    ):
-        assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
-        assert response.json() == {
-            "code": "export_unreadable",
-            "detail": f"the calls of {FIRST} are in an export that cannot be read now: ask again later. The operator "
-            "finds in the log of the web process which file to bring back",
-        }
-    (message, again) = [record.getMessage() for record in caplog.records if record.name == "metering.api.problems"]
-    assert message == again
-    assert message.startswith(f"an API request failed: the export {path} of {FIRST} cannot be read: ")
-    assert message.endswith(f"Mount the folder, or bring the file back from a copy (sha256 {manifest.sha256}).")
-    if path.is_dir():
-        path.rmdir()
-    path.write_bytes(content)
-    assert get_usage_event(call_id) is not None
-
-
-def test_file_is_hashed_once_for_receipts(
-    old_days: tuple[redis.Redis, list[UsageEvent]], settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export()
-    hashed = []
-    monkeypatch.setattr(
-        reading, "check_file", lambda export, check=reading.check_file: (hashed.append(1), check(export))
-    )
-    for event in old_days[1][:3]:
-        assert get_usage_event(event.call_id) is not None
-    assert len(hashed) == 1
-    path = settings.METERING_EXPORT_DIR / ExportedDay.objects.get(day=FIRST).path
-    path.write_bytes(path.read_bytes())
-    assert get_usage_event(old_days[1][0].call_id) is not None
-    assert len(hashed) == 2
 
 
 def test_export_that_is_not_the_day_is_not_detached(
