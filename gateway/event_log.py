@@ -305,8 +305,8 @@ class EventLog:
                     return
         except RedisUnavailableError:
             return
-        except RedisReplyError as error:
-            log.error("the replay of the spool was refused and will be tried again: %s", error)
+        except (RedisReplyError, OSError) as error:
+            log.error("the replay of the spool failed and will be tried again: %s", error)
             if str(error).startswith("NOSCRIPT"):
                 self._redis.break_connection()
             await asyncio.sleep(REPLAY_RETRY_S)

@@ -8,6 +8,7 @@ lock; the spool of a dead process (no lock on it) is adopted by another one and 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -106,9 +107,10 @@ class Spool:
             self._write(data, self.size_bytes)
             os.fsync(self._file)
         except OSError as error:
-            # No part of these records may be found behind shorter ones later.
-            os.ftruncate(self._file, self.size_bytes)
-            self.allocated_bytes = self.size_bytes
+            # No part of these records may be found behind shorter ones later. A disk that is read-only by now has none.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self.size_bytes)
+                self.allocated_bytes = self.size_bytes
             raise SpoolFullError(f"the spool cannot be written: {error.strerror}") from error
         self.size_bytes += len(data)
         self.allocated_bytes = max(self.allocated_bytes, self.size_bytes)

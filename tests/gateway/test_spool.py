@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import resource
 import signal
 import subprocess
@@ -15,9 +17,12 @@ import pytest
 from gateway.calls import CODE_LENGTH_MAX, TEXT_LENGTH_MAX, HoldRecord
 from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, build_call_id, to_wire
 from gateway.errors import SpoolFullError
+from gateway.event_log import PLACE_HOLD, REPLAY_RETRY_S, SETTLE, EventLog
+from gateway.redis_cluster import connect_redis
 from gateway.relay import ATTEMPTS_MAX
 from gateway.spool import ALLOCATION_BYTES_MIN, Spool, SpooledIntent, SpooledSettle, open_orphan_spools, open_own_spool
 from gateway.spool_room import compute_call_bytes
+from gateway.telemetry import Telemetry
 from tests.fakes.gateway_stack import read_events
 from tests.gateway.conftest import Stack
 
@@ -129,6 +134,50 @@ def test_records_of_a_write_that_failed_are_not_found_behind_later_ones(tmp_path
     with pytest.raises(SpoolFullError, match="bound of 10000 bytes"):
         spool.append([build_settle(2, size=10_000)])
     spool.remove()
+
+
+def test_a_disk_that_cannot_even_be_cut_refuses_like_a_full_one(tmp_path: Path) -> None:
+    spool = open_own_spool(tmp_path, "gw-writer", bytes_max=WIDE)
+    spool.append([build_settle(1)])
+    # As after an error of the disk, when Linux takes no more writes.
+    read_only = os.open(spool.path, os.O_RDONLY)
+    os.dup2(read_only, spool._file)
+    os.close(read_only)
+    with pytest.raises(SpoolFullError, match="cannot be written"):
+        spool.append([build_settle(2)])
+    assert read_seqs(spool) == [1]
+    spool.remove()
+
+
+def test_a_spool_that_cannot_be_cleared_is_replayed_in_peace(
+    tmp_path: Path, gateway_redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = open_own_spool(tmp_path, "gw-writer", bytes_max=WIDE)
+    spool.append([build_settle(1)])
+    read_only = os.open(spool.path, os.O_RDONLY)
+    os.dup2(read_only, spool._file)
+    os.close(read_only)
+
+    def list_failures() -> list[str]:
+        return [record.message for record in caplog.records if record.name == "gateway.event_log"]
+
+    async def run() -> float:
+        redis = connect_redis(gateway_redis_url, timeout_s=5, scripts=(SETTLE, PLACE_HOLD))
+        event_log = EventLog(redis, spool, Telemetry("0", tmp_path), producer="gw-writer", settle_wait_s=1)
+        started_at = time.monotonic()
+        redis.start()
+        while not list_failures():
+            assert time.monotonic() < started_at + 10
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(REPLAY_RETRY_S / 2)
+        await redis.close()
+        await event_log.close()
+        return time.monotonic() - started_at
+
+    lasted_s = asyncio.run(run())
+    failures = list_failures()
+    assert set(failures) == {"the replay of the spool failed and will be tried again: [Errno 22] Invalid argument"}
+    assert len(failures) <= 1 + lasted_s / REPLAY_RETRY_S
 
 
 def test_a_cleared_spool_is_empty_and_keeps_its_room(tmp_path: Path) -> None:
