@@ -23,8 +23,9 @@ from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.contract.usage_event import build_call_id, get_call_id_ms
 from metering.catalog import Catalog, load_catalog
 from metering.core.aggregation import RollupKey, UsageSums, build_event_sums
+from metering.core.attribution import EVENT_AGE_DAYS_MAX
 from metering.core.corrections import CallState, compute_deltas
-from metering.core.windows import compute_usage_day, get_at_us, get_instant
+from metering.core.windows import US_PER_DAY, compute_usage_day, get_at_us, get_instant
 from metering.correction_rows import CorrectionDraft, build_state, get_live_correction, lock_call, write_correction
 from metering.errors import (
     CallInQuarantineError,
@@ -188,6 +189,7 @@ def _plan(request: CorrectionRequest, catalog: Catalog) -> _Plan:
     if event is None:
         _refuse_held(call_id)
         raise CallUnknownError(f"call {call_id} is not recorded: backfill it, or wait until it arrives")
+    _refuse_unbilled(call_id, event.occurred_at)
     previous = get_live_correction(call_id)
     before = build_state(previous or event)
     if request.kind == CorrectionKind.VOID:
@@ -270,6 +272,7 @@ def _plan_backfill(request: CorrectionRequest, catalog: Catalog) -> _Plan:
     occurred_at = request.occurred_at or get_instant(get_call_id_ms(str(call_id)) * 1000)
     if get_call_id_ms(str(call_id)) != get_at_us(occurred_at) // 1000:
         raise CorrectionRefusedError("call_id_time_mismatch", f"call {call_id} has another time than {occurred_at}")
+    _refuse_unbilled(call_id, occurred_at)
     event = _build_event(request, request.stated, occurred_at, catalog)
     event = msgspec.structs.replace(event, call_id=str(call_id))
     zone = catalog.attribution.tenant_zones[event.tenant_id]
@@ -295,6 +298,16 @@ def _get_call_id(request: CorrectionRequest) -> uuid.UUID:
         raise CorrectionRefusedError("call_id_missing", "name the call id (a backfill: that or occurred_at)")
     randomness = hashlib.sha256(request.idempotency_key.encode()).digest()[:10]
     return uuid.UUID(build_call_id(max(0, get_at_us(request.occurred_at)), randomness))
+
+
+def _refuse_unbilled(call_id: uuid.UUID, occurred_at: datetime) -> None:
+    """Refuse what billing would never book: it accrues late usage for as long as events are taken."""
+    if get_at_us(occurred_at) < time.time_ns() // 1000 - EVENT_AGE_DAYS_MAX * US_PER_DAY:
+        raise CorrectionRefusedError(
+            "too_old",
+            f"call {call_id} is of {occurred_at:%Y-%m-%d}: usage older than {EVENT_AGE_DAYS_MAX} days is booked no "
+            "more, so a correction would change sums and no bill. Settle it by hand, e.g. by a credit note",
+        )
 
 
 def _refuse_held(call_id: uuid.UUID) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from datetime import date
+from datetime import date, timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
 import psycopg
 import pytest
 import redis
+import time_machine
 from django.db import IntegrityError, connection, transaction
 
 from gateway.contract.usage_event import UsageEvent, build_call_id
@@ -107,6 +109,32 @@ def test_void_bills_nothing_and_an_amendment_after_it_names_all_counts(calls: li
     assert list_rollups() == {}
     assert list_usage(UsageFilter(), ("tenant_id",)) == []  # what is empty is no usage
     assert verify_period(*OCTOBER).differences == []
+
+
+@pytest.mark.parametrize("kind", ["amend", "void", "backfill"])
+def test_call_that_billing_books_no_more_is_refused_with_the_reason(calls: list[UsageEvent], kind: str) -> None:
+    """400 days to the microsecond are not too old, as they are not for an event; one more is."""
+    event = build_call(3, tenant_id=2) if kind == "backfill" else calls[0]
+    fields: dict[str, Any] = {"amend": {"input_tokens": 400}, "void": {}}.get(kind, {})
+    if kind == "backfill":
+        occurred_at = get_instant(event.occurred_at_us)
+        names = {"occurred_at": occurred_at, "tenant": "tenant-2", "served_model": "llama-1", "api_key": "key2"}
+        fields = names | {"input_tokens": 70, "output_tokens": 7}
+    last = get_instant(event.occurred_at_us) + timedelta(days=400)
+    rollups = list_rollups()
+    with time_machine.travel(last + timedelta(microseconds=1), tick=False):
+        for correct in (preview_correction, partial(record_correction, actor_name="ann")):
+            with pytest.raises(errors.CorrectionRefusedError) as refused:
+                correct(build_request(kind, event, **fields))
+            assert (refused.value.code, str(refused.value)) == (
+                "too_old",
+                f"call {event.call_id} is of 2026-10-05: usage older than 400 days is booked no more, so a correction "
+                "would change sums and no bill. Settle it by hand, e.g. by a credit note",
+            )
+    assert (list_rollups(), UsageCorrection.objects.count()) == (rollups, 0)
+    with time_machine.travel(last, tick=False):
+        record(kind, event, **fields)
+    assert list_rollups() != rollups
 
 
 def test_backfilled_call_is_a_call_like_another(calls: list[UsageEvent]) -> None:
