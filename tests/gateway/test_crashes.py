@@ -42,8 +42,11 @@ WORKER_START_S = 20.0
 class CrashStack:
     """Two gateway workers, a durable Redis and a counting upstream, each of which may be killed."""
 
-    def __init__(self, folder: Path, *, data_folder: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, data_folder: Path | None = None, upstream_timeout_ms: int = UPSTREAM_TIMEOUT_MS
+    ) -> None:
         self.folder = folder
+        self.upstream_timeout_ms = upstream_timeout_ms
         self.data_folder = data_folder or folder
         self.server = EmbeddedRedis(folder, appendfsync="always")
         port = choose_free_port()
@@ -59,7 +62,7 @@ class CrashStack:
         self.upstream.start(path="/")
         self.api_keys = [self.catalog.add_tenant(number) for number in range(1, TENANTS + 1)]
         self.catalog.add_model()
-        self.catalog.add_upstream(1, self.upstream.url + "/v1", kind="vllm", timeout_ms=UPSTREAM_TIMEOUT_MS)
+        self.catalog.add_upstream(1, self.upstream.url + "/v1", kind="vllm", timeout_ms=self.upstream_timeout_ms)
         self.client = redis.Redis.from_url(self.server.url())
         self.catalog.publish(self.client)
         environ = {"GATEWAY_LEASE_S": str(LEASE_S), "GATEWAY_SETTLE_WAIT_MS": "300", **environ}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gateway.contract.usage_event import UsageEvent
+from gateway.snapshot_reader import build_partition_keys
 from tests.fakes.gateway_stack import MODEL, read_events
 from tests.fakes.load_client import Answer, send_call
 from tests.gateway.test_crashes import CrashStack
@@ -25,17 +26,21 @@ STREAM = BODY | {"stream": True, "chunk_delay_ms": 50}
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 # So many connections that both workers have some.
 COUNT = 16
+DRAIN_S = 30
+# Whoever waits for that bound, or for the end of a long stream, takes longer, on a busy machine too.
+SOON_S = DRAIN_S / 2
 
 
 @pytest.fixture
 def drain_s() -> int:
-    return 30
+    return DRAIN_S
 
 
 @pytest.fixture
 def two_workers(server_folder: Path, drain_s: int) -> Iterator[CrashStack]:
-    stack = CrashStack(server_folder)
-    stack.start(workers=2, GATEWAY_DRAIN_S=str(drain_s))
+    # What these tests wait for on a busy machine is no timeout.
+    stack = CrashStack(server_folder, upstream_timeout_ms=60_000)
+    stack.start(workers=2, GATEWAY_DRAIN_S=str(drain_s), GATEWAY_REDIS_TIMEOUT_MS="20000")
     wait_for_workers(stack)
     yield stack
     stack.stop()
@@ -43,8 +48,14 @@ def two_workers(server_folder: Path, drain_s: int) -> Iterator[CrashStack]:
 
 def wait_for_workers(stack: CrashStack) -> None:
     """Wait until both serve: one is enough for the gateway to be ready."""
-    deadline = time.monotonic() + 10
-    while not all(f'redis_up{{worker="{worker}"}} 1' in stack.gateway.fetch("/metrics")[1].decode() for worker in "01"):
+    for worker in "01":
+        wait_for_metric(stack, f'redis_up{{worker="{worker}"}} 1')
+
+
+def wait_for_metric(stack: CrashStack, *samples: str) -> None:
+    """Wait until one of the samples is shown."""
+    deadline = time.monotonic() + 30
+    while not any(f"tollbook_gateway_{sample}\n" in stack.gateway.fetch("/metrics")[1].decode() for sample in samples):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -60,10 +71,16 @@ class Load:
         self._served = len(stack.read_served())
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+        deadline = time.monotonic() + 30
         while len(stack.read_served()) < self._served + count:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         # Some chunks are under way.
         time.sleep(0.4)
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
 
     def wait(self) -> list[Answer]:
         """Return the answers when all have ended."""
@@ -85,12 +102,12 @@ class Load:
 def wait_for_exit(stack: CrashStack) -> int:
     """Return the exit status, without another signal."""
     assert stack.gateway._process is not None
-    return stack.gateway._process.wait(20)
+    return stack.gateway._process.wait(SOON_S)
 
 
 def wait_until_refused(port: int) -> None:
-    """Return when no worker listens any more: each looks for a signal ten times a second."""
-    deadline = time.monotonic() + 1
+    """Return when no worker listens any more."""
+    deadline = time.monotonic() + SOON_S
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
@@ -111,10 +128,14 @@ def check_cut(answers: list[Answer]) -> None:
     assert not any(b"[DONE]" in answer.body for answer in answers)
 
 
-def check_abandoned(events: list[UsageEvent], *, tokens_max: int) -> None:
+def check_abandoned(stack: CrashStack, events: list[UsageEvent], answers: list[Answer]) -> None:
+    """Check that streams which were cut are billed as the clients have them: a token for each chunk, none unsent."""
+    received = {answer.call_id: answer.body.count(b'"content"') for answer in answers}
+    assert {event.call_id: event.output_tokens for event in events} == received
+    served = stack.read_served()
     for event in events:
         assert (event.outcome, event.usage_source, event.input_tokens) == ("abandoned", "provider_partial", 7)
-        assert 1 <= event.output_tokens <= tokens_max
+        assert 1 <= event.output_tokens <= served[event.call_id][1]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -123,18 +144,19 @@ def test_streams_end_and_new_connections_are_refused(two_workers: CrashStack, nu
     idle = socket.create_connection(("127.0.0.1", stack.gateway.port), timeout=5)
     idle.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
     assert idle.recv(65536).startswith(b"HTTP/1.1 200 OK")
-    load = Load(stack, STREAM | {"chunks": 40})
+    load = Load(stack, STREAM | {"chunks": 80})
     os.kill(stack.gateway.pid, number)
     # A connection that is idle is closed, and no other comes about: no balancer takes it for ready.
     assert idle.recv(65536) == b""
     idle.close()
     wait_until_refused(stack.gateway.port)
+    assert load.is_running
     with pytest.raises(OSError, match="refused"):
         stack.gateway.fetch("/readyz")
     check_whole(load.wait())
     assert wait_for_exit(stack) == 0
     events = read_events(stack.client)
-    assert [(event.outcome, event.output_tokens) for event in events] == [("completed", 40)] * COUNT
+    assert [(event.outcome, event.output_tokens) for event in events] == [("completed", 80)] * COUNT
     assert len({event.producer for event in events}) == 2
     check_books(stack, COUNT)
     assert list_spools(stack) == []
@@ -147,12 +169,13 @@ def test_what_is_longer_than_the_bound_is_cut_and_recorded(two_workers: CrashSta
     started_at = time.monotonic()
     os.kill(stack.gateway.pid, signal.SIGTERM)
     check_whole(short.wait())
-    check_cut(long.wait())
-    assert 1.0 <= time.monotonic() - started_at < 5.0
+    answers = long.wait()
+    check_cut(answers)
+    assert 1.0 <= time.monotonic() - started_at < SOON_S
     assert wait_for_exit(stack) == 0
     events = read_events(stack.client)
     assert Counter(event.outcome for event in events) == {"completed": COUNT, "abandoned": COUNT}
-    check_abandoned([event for event in events if event.outcome == "abandoned"], tokens_max=80)
+    check_abandoned(stack, [event for event in events if event.outcome == "abandoned"], answers)
     check_books(stack, 2 * COUNT)
     assert list_spools(stack) == []
 
@@ -173,18 +196,18 @@ def test_a_second_signal_ends_sooner_and_loses_nothing(
     assert stack.gateway._process.poll() is None
     started_at = time.monotonic()
     os.kill(stack.gateway.pid, number)
-    check_cut(load.wait())
+    answers = load.wait()
+    check_cut(answers)
     assert [answer.status for answer in whole.wait()] == [0] * 4
-    assert time.monotonic() - started_at < 3.0
     assert wait_for_exit(stack) == 0
-    assert time.monotonic() - started_at < 10.0
+    assert time.monotonic() - started_at < SOON_S
     if is_redis_away:
         assert len(list_spools(stack)) == 2
         stack.server.start()
         stack.gateway.start(path="/readyz")
         stack.wait_until_quiet()
     events = read_events(stack.client)
-    check_abandoned([event for event in events if event.streamed], tokens_max=80)
+    check_abandoned(stack, [event for event in events if event.streamed], answers)
     unknown = [event for event in events if not event.streamed]
     # Nobody knows what they used: metering does not bill them.
     assert [(event.outcome, event.usage_source, event.output_tokens) for event in unknown] == [
@@ -204,7 +227,7 @@ def test_a_call_that_waits_for_its_admission_leaves_no_hold(two_workers: CrashSt
         target=lambda: answers.append(asyncio.run(send_call(stack.gateway.port, stack.api_keys[0], BODY)))
     )
     thread.start()
-    time.sleep(0.3)
+    wait_for_metric(stack, 'calls_in_flight{worker="0"} 1', 'calls_in_flight{worker="1"} 1')
     # At once: the second may come before the first was seen.
     os.kill(stack.gateway.pid, signal.SIGTERM)
     os.kill(stack.gateway.pid, signal.SIGINT)
@@ -212,9 +235,9 @@ def test_a_call_that_waits_for_its_admission_leaves_no_hold(two_workers: CrashSt
     os.kill(stack.server.pid, signal.SIGCONT)
     assert wait_for_exit(stack) == 0
     assert answers[0].status == 0
-    # The server had the admission already, and then its end.
+    # The server had the admission, and then its end.
     check_books(stack, 0)
-    assert stack.client.info("commandstats")["cmdstat_evalsha"]["calls"] >= 2
+    assert stack.client.hgetall(build_partition_keys(1).get_scope_keys(1, 1)[0]) == {b"running": b"0", b"held": b"0"}
 
 
 def test_a_signal_to_supervisor_and_workers_at_once_is_no_second_one(two_workers: CrashStack) -> None:
@@ -234,7 +257,7 @@ def test_a_worker_that_is_told_to_end_by_itself_is_replaced(two_workers: CrashSt
     before = stack.gateway.list_worker_pids()
     os.kill(before[0], signal.SIGTERM)
     check_whole(load.wait())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while len(after := set(stack.gateway.list_worker_pids()) - {before[0]}) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
