@@ -110,7 +110,7 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _decode(number: int, line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ImportFormatError(f"line {number} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ImportFormatError(f"line {number} is not a JSON object")

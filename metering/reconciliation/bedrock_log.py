@@ -28,7 +28,7 @@ def read_entry(entry: Any, zone: tzinfo) -> ProviderRow | None:
     if isinstance(entry, dict) and isinstance(entry.get("message"), str) and "requestId" not in entry:
         try:
             entry = msgspec.json.decode(entry["message"])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise RowError("invalid_json", f"message is no JSON: {error}") from error
     if not isinstance(entry, dict) or entry.get("schemaType", "ModelInvocationLog") != "ModelInvocationLog":
         raise RowError("unknown_entry", "this is no entry of a model invocation log")

@@ -173,7 +173,7 @@ def _iterate_json(data: BinaryIO) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 yield number, RowError("invalid_json", str(error))
 
 
@@ -208,6 +208,9 @@ def _iterate_array(text: TextIO) -> Iterator[tuple[int, Any]]:
                 raise ReportFormatError(f"the JSON array is broken after {position} values: {error}") from error
             buffer += more
             continue
+        except RecursionError as error:
+            message = f"value {position + 1} of the JSON array is nested too deeply"
+            raise ReportFormatError(message) from error
         position += 1
         is_first = False
         yield position, value

@@ -184,9 +184,10 @@ def test_file_is_recorded_once_and_says_what_it_refused(house, tmp_path, capsys)
     json_lines = tmp_path / "more.jsonl"
     json_lines.write_text(json.dumps({"kind": "void", "idempotency_key": "v", "reason": "r", "call_id": str(acme.pk)}))
     assert run(capsys, "file", str(json_lines))["recorded"] == 1
-    json_lines.write_text("{")
-    with pytest.raises(CommandError, match="line 1 is not JSON"):
-        call_command("correct_usage", "file", str(json_lines))
+    for broken in ("{", '{"a":' * 100_000):
+        json_lines.write_text(broken)
+        with pytest.raises(CommandError, match="line 1 is not JSON"):
+            call_command("correct_usage", "file", str(json_lines))
 
 
 # --- API

@@ -157,6 +157,27 @@ def test_line_that_is_no_json_is_rejected(tmp_path: Path) -> None:
     assert (len(rows), counts.rejected) == (2, {"invalid_json": 2})
 
 
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.mark.parametrize("line", [DEEP, json.dumps({"message": DEEP})])
+def test_line_that_is_nested_too_deeply_is_rejected(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD)}\n")
+    rows, counts = read(FORMATS["bedrock"], path)
+    assert (len(rows), counts.rejected) == (2, {"invalid_json": 1})
+    reject = json.loads(Path(counts.rejects_path or "").read_text())
+    assert (reject["line"], "maximum recursion depth exceeded" in reject["reason"]) == (2, True)
+
+
+def test_array_with_a_value_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    """Nobody can say where the next value begins."""
+    path = tmp_path / "log.json"
+    path.write_text(f"[{json.dumps(GOOD)}, {DEEP}, {json.dumps(GOOD)}]")
+    with pytest.raises(ReportFormatError, match=r"^value 2 of the JSON array is nested too deeply$"):
+        read(FORMATS["bedrock"], path)
+
+
 @pytest.mark.parametrize("quantity", ["-1", "1e3", "1.500,00", "0.0001", "NaN", "", "12345678901234567"])
 def test_unbelievable_quantity_is_rejected(tmp_path: Path, quantity: str) -> None:
     path = tmp_path / "cost.csv"
