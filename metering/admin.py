@@ -59,12 +59,20 @@ _NAMED = {
 }
 
 
+class CountedSoFar(int):
+    """A number of rows at which counting ended: there are more, and lists say so."""
+
+    def __str__(self) -> str:
+        return f"more than {int(self):,}"
+
+
 class BoundedPaginator(Paginator):
     """Counts to 10,000 and no further: counting a hundred million rows for a page number would take minutes."""
 
     @cached_property
     def count(self) -> int:
-        return len(self.object_list.order_by().values_list("pk")[:_COUNTED_MAX])
+        counted = len(self.object_list.order_by().values_list("pk")[: _COUNTED_MAX + 1])
+        return counted if counted <= _COUNTED_MAX else CountedSoFar(_COUNTED_MAX)
 
 
 class MeteringAdmin(ModelAdmin):

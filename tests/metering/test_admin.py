@@ -10,6 +10,7 @@ from django.apps import apps
 from django.contrib.auth.models import Permission, User
 from django.test import Client
 
+from metering import admin as metering_admin
 from metering.catalog import store_catalog_snapshot
 from metering.core.attribution import QuarantineReason
 from metering.losses import accept_losses
@@ -52,6 +53,19 @@ def test_list_and_detail_are_shown_and_not_writable(events: redis.Redis, table: 
     assert (listing.status_code, detail.status_code) == (200, 200)
     for path in (f"{row.pk}/change/", f"{row.pk}/delete/", "add/"):
         assert client.post(f"/admin/metering/{table}/{path}", {}).status_code == 403
+
+
+@pytest.mark.parametrize(("counted_max", "said"), [(3, "3 usage events"), (2, "more than 2 usage events")])
+def test_list_says_where_it_did_not_count_on(
+    events: redis.Redis, monkeypatch: pytest.MonkeyPatch, counted_max: int, said: str
+) -> None:
+    assert str(metering_admin.CountedSoFar(10_000)) == "more than 10,000"
+    monkeypatch.setattr(metering_admin, "_COUNTED_MAX", counted_max)
+    monkeypatch.setattr(metering_admin.MeteringAdmin, "list_per_page", 1)
+    page = " ".join(log_in().get("/admin/metering/usageevent/").content.decode().split())
+    assert f"- {said} </div>" in page
+    assert f'?p={counted_max}"' in page
+    assert f'?p={counted_max + 1}"' not in page
 
 
 def test_event_is_found_by_its_call_id(events: redis.Redis) -> None:
