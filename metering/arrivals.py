@@ -39,7 +39,7 @@ def read_entries(entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> tuple[list
                 content = _read_filler(body)
             else:
                 content = Undecodable(body, f"not one field of 'e' or 's': {[bytes(f[:20]) for f in fields[::2]]}")
-        except (EventDecodeError, RecursionError) as error:
+        except EventDecodeError as error:
             content = Undecodable(body, str(error))
         bodies.append(body)
         contents.append(content)

@@ -38,7 +38,7 @@ def apply_late_settles(fillers: Sequence[Superseded]) -> None:
     where today's catalog cannot attribute the settle: both are logged.
     """
     for filler in fillers:
-        settled = read_settle(filler.event)
+        settled = read_settle(filler.event, filler.call_id)
         if settled is None:
             continue
         held = QuarantinedEvent.objects.filter(call_id=settled.call_id, state=QuarantinedEvent.State.HELD).first()

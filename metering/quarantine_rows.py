@@ -13,6 +13,7 @@ from django.db import connection
 from gateway.contract import usage_event
 from gateway.contract.token_kind import Outcome
 from gateway.contract.usage_event import EventDecodeError, UsageEvent
+from metering.core.call_ids import is_call_id
 from metering.models import SupersededEvent
 
 if TYPE_CHECKING:
@@ -113,22 +114,25 @@ def find_late_settle(abandoned: UsageEvent) -> UsageEvent | None:
 
     Fillers are few, and so are held events: no index serves this.
     """
-    if abandoned.outcome != Outcome.ABANDONED:
+    if abandoned.outcome != Outcome.ABANDONED or not is_call_id(abandoned.call_id):
         return None
     for body in SupersededEvent.objects.filter(call_id=abandoned.call_id).values_list("body", flat=True):
-        settled = read_settle(bytes(body))
+        settled = read_settle(bytes(body), abandoned.call_id)
         if settled is not None:
             return msgspec.structs.replace(settled, producer=abandoned.producer, seq=abandoned.seq)
     return None
 
 
-def read_settle(body: bytes) -> UsageEvent | None:
-    """Return the event of a filler that is a call's own settle; None for a second sweep's, which knows nothing new."""
+def read_settle(body: bytes, call_id: str) -> UsageEvent | None:
+    """Return the event of a filler that is its call's own settle, or None.
+
+    A second sweep's knows nothing new, and what cannot be read or is another call's is not believed.
+    """
     try:
         event = usage_event.from_wire(body)
     except EventDecodeError:
         return None
-    return None if event.outcome == Outcome.ABANDONED else event
+    return event if event.call_id == call_id and event.outcome != Outcome.ABANDONED else None
 
 
 def insert_superseded(superseded: Sequence[SupersededArrival], recording_id: int) -> set[tuple[int, int]]:

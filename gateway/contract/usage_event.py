@@ -105,7 +105,7 @@ def from_wire(data: bytes) -> UsageEvent:
     """Return the event in `data`; raises EventDecodeError."""
     try:
         return _event_decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EventDecodeError(str(error)) from error
 
 
@@ -113,7 +113,7 @@ def superseded_from_wire(data: bytes) -> Superseded:
     """Return the filler in `data`; raises EventDecodeError."""
     try:
         return _superseded_decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EventDecodeError(str(error)) from error
 
 

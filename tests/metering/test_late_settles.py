@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +14,7 @@ from gateway.contract.usage_event import Superseded, UsageEvent, to_wire
 from metering.catalog import store_catalog_snapshot
 from metering.core.windows import get_month
 from metering.corrections import CorrectionRequest, record_correction
-from metering.models import QuarantinedEvent, SequenceGap, UsageCorrection, UsageRollup
+from metering.models import QuarantinedEvent, SequenceGap, SupersededEvent, UsageCorrection, UsageRollup
 from metering.models import UsageEvent as UsageEventRow
 from metering.services import release_quarantined_events, roll_up
 from metering.verification import verify_period
@@ -132,3 +133,41 @@ def test_a_second_sweep_and_a_filler_without_its_call_change_nothing(
     assert list_rollups() == {(4, "completed"): (1, 110, 50)}
     assert UsageCorrection.objects.count() == 0
     assert f"call {other.call_id}: its late settle finds no recorded call" in caplog.text
+
+
+def nest(event: UsageEvent) -> bytes:
+    """The event with a member more, of a version to come, which is nested too deep to be skipped."""
+    members = [msgspec.msgpack.encode(member) for member in msgspec.msgpack.decode(to_wire(event))]
+    return b"".join((b"\xdc", struct.pack(">H", len(members) + 1), *members, b"\x91" * 10_000, b"\x90"))
+
+
+@pytest.mark.parametrize("kind", ["strange id", "another call", "nested"])
+def test_a_filler_that_contradicts_itself_is_kept_and_changes_nothing(
+    quick_metering: redis.Redis, settled: UsageEvent, kind: str
+) -> None:
+    other = build_event(2, tenant_id=4)
+    abandoned = [build_abandoned(event, input_tokens=110, output_tokens=20) for event in (settled, other)]
+    send(quick_metering, [abandoned[0], msgspec.structs.replace(abandoned[1], seq=2)])
+    event = {
+        "strange id": to_wire(msgspec.structs.replace(settled, call_id="\0")),
+        "another call": to_wire(msgspec.structs.replace(settled, call_id=other.call_id)),
+        "nested": nest(settled),
+    }[kind]
+    send(quick_metering, [Superseded(producer=settled.producer, seq=1, call_id=settled.call_id, event=event)])
+    roll_up()
+    assert list_rollups() == {(4, "abandoned"): (2, 220, 40)}
+    assert (SupersededEvent.objects.count(), UsageCorrection.objects.count()) == (1, 0)
+    assert SequenceGap.objects.count() == 0
+
+
+def test_a_held_abandoned_call_of_a_strange_id_stops_no_release(
+    quick_metering: redis.Redis, settled: UsageEvent
+) -> None:
+    strange = msgspec.structs.replace(build_abandoned(settled), call_id="\0")
+    unknown = build_event(1, tenant_id=99, api_key_id=990)
+    send(quick_metering, [strange, unknown])
+    roll_up()
+    assert QuarantinedEvent.objects.count() == 2
+    store_catalog_snapshot(build_snapshot(version=9, tenant_ids=(4, 99)))
+    result = release_quarantined_events(actor_name="lea", note="the tenant is known by now")
+    assert (result.released, result.held) == (1, 1)
