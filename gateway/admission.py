@@ -76,10 +76,16 @@ class Admission:
         command = _build_admit_head(caller, get_month(call.occurred_at_us)) + pack_arguments(
             call.call_id, hold, self._lease_ms, call.estimate_nano, call.estimate_tokens
         )
+        is_sent = self._redis.is_up
         try:
             reply = await self._redis.call_packed(command)
         except (RedisUnavailableError, RedisReplyError) as error:
-            await self._admit_without_redis(call, hold, error)
+            try:
+                await self._admit_without_redis(call, hold, error)
+            except GatewayError:
+                if is_sent and isinstance(error, RedisUnavailableError):
+                    self.cancel(call)
+                raise
             return ()
         if reply[0] == 0:
             raise _build_limit_error(reply)
@@ -123,7 +129,6 @@ class Admission:
             if str(error).startswith("NOSCRIPT"):
                 self._redis.break_connection()
         if caller.needs_redis or self._event_log.is_spool_too_old(self._spool_age_max_s):
-            self.cancel(call)
             raise build_metering_unavailable()
         intent = SpooledIntent(
             partition=caller.keys.partition,
@@ -136,7 +141,6 @@ class Admission:
         try:
             await self._event_log.spool_intent(intent)
         except SpoolFullError:
-            self.cancel(call)
             raise build_metering_unavailable() from None
         call.has_spooled_intent = True
 

@@ -6,7 +6,8 @@
 | the client left | client_aborted | what was emitted: continuous usage, or our own count |
 | no upstream gave a whole answer | upstream_error | nothing; the attempts carry the exposure |
 | the gateway had to stop (drain bound) | abandoned | what was emitted, as above |
-A call that was refused, or whose client left before anything was forwarded, has no event: its hold is released. An
+A call that was refused, or whose client left before anything was forwarded, has no event: its hold is released. Only
+where its intent lies in the spool it has one, an upstream_error without attempts: the intent needs an end there. An
 upstream that fails by itself is one that failed, also where the client has left and the answer was only read on.
 """
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.calls import get_month
 from gateway.contract.catalog_snapshot import Limits
+from gateway.snapshot_reader import build_partition_keys
 from tests.fakes.gateway_stack import (
     MODEL,
     NO_HOLDS,
@@ -101,6 +104,49 @@ def test_without_redis_a_postpaid_tenant_is_served_and_recorded_later(down_stack
     assert [measure_records(path) for path in list_spools(stack)] == [0]
 
 
+def test_a_client_that_leaves_while_we_connect_without_redis_is_billed_nothing(down_stack: CrashStack) -> None:
+    """Its intent lies in the spool, so its end must, too: one event, for no tokens, and no hold that stays."""
+    stack = down_stack
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    # Nobody accepts, and the queue is full.
+    waiting = [socket.socket() for _ in range(3)]
+    for other in waiting:
+        other.setblocking(False)
+        other.connect_ex(listener.getsockname())
+    stack.catalog.upstreams.clear()
+    stack.catalog.add_upstream(1, f"http://127.0.0.1:{listener.getsockname()[1]}/v1", kind="vllm")
+    stack.catalog.publish(stack.client)
+    time.sleep(0.2)
+    stack.server.kill()
+
+    async def leave() -> None:
+        call = asyncio.ensure_future(send_call(stack.gateway.port, stack.api_keys[0], BODY))
+        while not any(measure_records(path) for path in list_spools(stack)):  # noqa: ASYNC110 (another process writes)
+            await asyncio.sleep(0.01)
+        call.cancel()
+
+    asyncio.run(leave())
+    others = {other.getsockname() for other in waiting}
+    listener.settimeout(10)
+    connection, address = listener.accept()
+    while address in others:
+        connection.close()
+        connection, address = listener.accept()
+    stack.server.start()
+    wait_for(stack, 1)
+    stack.wait_until_quiet()
+    connection.setblocking(False)
+    with pytest.raises(BlockingIOError):  # The gateway's own connection, on which it has said nothing.
+        connection.recv(1)
+    for opened in (connection, listener, *waiting):
+        opened.close()
+    (event,) = read_events(stack.client)
+    assert (event.outcome, event.usage_source, event.attempts) == ("upstream_error", "none", ())
+    assert (event.input_tokens, event.output_tokens) == (0, 0)
+    months = build_partition_keys(1).get_month_keys(1, 1, get_month(event.occurred_at_us))
+    assert [stack.client.hgetall(month) for month in months] == [{b"cost": b"0"}] * 2
+
+
 def test_without_redis_prepaid_and_budgeted_tenants_get_503(down_stack: CrashStack) -> None:
     stack = down_stack
     stack.api_keys.append(stack.catalog.add_tenant(7, is_prepaid=True))
@@ -114,9 +160,15 @@ def test_without_redis_prepaid_and_budgeted_tenants_get_503(down_stack: CrashSta
         assert answer.status == 503
         assert answer.headers["retry-after"] == "1"
         assert json.loads(answer.body)["error"]["code"] == "metering_unavailable"
+    for _ in range(5):
+        assert {answer.status for answer in send(stack, 100, tenant=8)} == {503}
     stack.server.start()
+    wait_until_ready(stack)
     stack.wait_until_quiet()
     check_books(stack, 2)
+    # What was never sent needs no release: in a long outage that would be all calls of it, kept and sent at its end.
+    scripts = stack.client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})
+    assert scripts["calls"] < 250
 
 
 def test_calls_that_run_while_redis_restarts_are_recorded_once(down_stack: CrashStack) -> None:
