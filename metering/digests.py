@@ -1,9 +1,14 @@
 """Digests: a signed statement of what was recorded for a day, which nobody can make true again after a change.
 
-A digest has a hash of each tenant's raw events of a UTC day, a hash of each tenant's corrections since the digest
-before it, and the hash of that digest. It covers what was committed below its watermark, so that what comes later
-changes nothing in it. It is signed with Ed25519: whoever has the public key can check it, without this program's
-database. Digests of version 1 cover no corrections; the first one after them covers all that there are.
+A digest has a hash of each tenant's raw events of a UTC day, the same of late events: those of days that were signed
+before and that were recorded since the digest before it; a hash of each tenant's corrections since that digest; and
+the hash of that digest. It covers what was committed below its watermark, so that what comes later changes nothing in
+it. An event that has left the database is read from its export. A digest is signed with Ed25519: whoever has the public
+key can check it, without this program's database.
+
+Digests of version 1 cover no corrections; the first one after them covers all that there are. Digests of versions 1
+and 2 cover no late events; the first one after them covers those since the one before it, as far as recordings name
+the days of their events (`event_days`): late events that were recorded earlier are in none.
 """
 
 from __future__ import annotations
@@ -30,8 +35,8 @@ from metering.retention.reading import create_exported_table, load_exported_days
 from metering.selectors import get_watermark
 
 KIND = "tollbook-metering-digest"
-VERSION = 2
-VERSIONS = (1, 2)
+VERSION = 3
+VERSIONS = (1, 2, 3)
 _COLUMNS = (
     *("call_id", "tenant_id", "api_key_id", "served_model_id", "provider_id", "upstream_id"),
     *("(extract(epoch FROM occurred_at) * 1000000)::bigint", "usage_on", "outcome", "usage_source", "endpoint"),
@@ -39,6 +44,12 @@ _COLUMNS = (
     *("reasoning_tokens", "counted_input_tokens", "counted_output_tokens", "first_byte_us", "total_us"),
     *("region", "finish_reason", "provider_request_id", "producer_id", "seq", "recording_id", "detail"),
 )
+# By (id, watermark) and not by the watermark alone: a restored server begins to count transactions anew.
+_SINCE_THE_LAST = """
+id <= %(id_max)s AND xid < (%(watermark)s::text)::xid8
+    AND (id > %(after_id)s OR xid >= (%(after_watermark)s::text)::xid8)
+"""
+_LIST_RECORDED_DAYS = f"SELECT DISTINCT unnest(event_days) FROM metering_recording WHERE {_SINCE_THE_LAST}"
 # jsonb has one text for each value, so the row's text is canonical.
 _HASH_BY_TENANT = f"""
 SELECT tenant_id, count(*), sum(input_tokens), sum(output_tokens),
@@ -46,7 +57,7 @@ SELECT tenant_id, count(*), sum(input_tokens), sum(output_tokens),
         ''::bytea ORDER BY call_id)), 'hex')
 FROM {{events}} event
 WHERE call_id >= %(call_id_min)s AND call_id < %(call_id_end)s AND recording_id IN (
-    SELECT id FROM metering_recording WHERE id <= %(recording_id_max)s AND xid < (%(watermark)s::text)::xid8
+    SELECT id FROM metering_recording WHERE {_SINCE_THE_LAST}
 )
 GROUP BY tenant_id ORDER BY tenant_id
 """
@@ -60,7 +71,6 @@ _CORRECTION_COLUMNS = (
     *("(extract(epoch FROM occurred_at) * 1000000)::bigint", "(extract(epoch FROM created_at) * 1000000)::bigint"),
     *("actor_name", "xid::text", *_CELL_AND_SUMS),
 )
-# By (id, watermark) and not by the watermark alone: a restored server begins to count transactions anew.
 _HASH_CORRECTIONS_BY_TENANT = f"""
 SELECT tenant_id, count(*),
     encode(sha256(string_agg(sha256(convert_to(row::text, 'UTF8')), ''::bytea ORDER BY id)), 'hex')
@@ -71,8 +81,7 @@ FROM (
         FROM metering_correction_delta delta WHERE delta.correction_id = correction.id
     )) AS row
     FROM metering_usage_correction correction
-    WHERE id <= %(id_max)s AND xid < (%(watermark)s::text)::xid8
-        AND (id > %(after_id)s OR xid >= (%(after_watermark)s::text)::xid8)
+    WHERE {_SINCE_THE_LAST}
 ) corrections
 GROUP BY tenant_id ORDER BY tenant_id
 """
@@ -114,8 +123,14 @@ def write_digest(day: date) -> SignedDigest:
         }
         facts["tenants"] = list_tenant_hashes(facts)
         previous = Digest.objects.order_by("-pk").first()
+        before = json.loads(bytes(previous.body)) if previous else {}
+        facts["late"] = {
+            "after_id": before.get("recording_id_max", 0),
+            "after_watermark": before.get("watermark", 0),
+        }
+        facts["late"]["days"] = list_late_hashes(facts)
         facts["previous_sha256"] = hashlib.sha256(bytes(previous.body)).hexdigest() if previous else None
-        facts["corrections"] = _build_correction_bounds(previous, watermark)
+        facts["corrections"] = _build_correction_bounds(before, watermark)
         facts["corrections"]["tenants"] = list_correction_hashes(facts)
         body = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
         signature = load_private_key().sign(body)
@@ -129,9 +144,8 @@ def _get_id_max(table: str, watermark: int) -> int:
         return int(cursor.fetchone()[0])
 
 
-def _build_correction_bounds(previous: Digest | None, watermark: int) -> dict[str, Any]:
-    """Return where the corrections of a digest begin (after those of the previous one) and end."""
-    before = json.loads(bytes(previous.body)) if previous else {}
+def _build_correction_bounds(before: dict[str, Any], watermark: int) -> dict[str, Any]:
+    """Return where the corrections of a digest begin (after those of the one before) and end."""
     return {
         "id_max": _get_id_max("metering_usage_correction", watermark),
         "after_id": before.get("corrections", {}).get("id_max", 0),  # version 1 covers none
@@ -141,14 +155,41 @@ def _build_correction_bounds(previous: Digest | None, watermark: int) -> dict[st
 
 def list_tenant_hashes(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return count, sums and hash of each tenant's events that a digest with these facts covers."""
-    day = date.fromisoformat(facts["day"])
-    call_id_min, call_id_end = compute_call_id_bounds(day, day + timedelta(days=1))
-    parameters = {
-        "call_id_min": call_id_min,
-        "call_id_end": call_id_end,
-        "recording_id_max": facts["recording_id_max"],
+    return _hash_day(date.fromisoformat(facts["day"]), _build_recording_bounds(facts))
+
+
+def list_late_hashes(facts: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return by day what `list_tenant_hashes` returns, of the late events that a digest with these facts covers.
+
+    Their days are those that were signed before this digest and that recordings since the last one name, or itself.
+    """
+    bounds = _build_recording_bounds(facts) | {name: facts["late"][name] for name in ("after_id", "after_watermark")}
+    with connection.cursor() as cursor:
+        cursor.execute(_LIST_RECORDED_DAYS, bounds)
+        signed = Digest.objects.filter(day__in=[day for (day,) in cursor.fetchall()])
+    own = Digest.objects.filter(day=date.fromisoformat(facts["day"])).first()
+    if own is not None:
+        signed = signed.filter(pk__lt=own.pk)
+    days = set(signed.values_list("day", flat=True))
+    days |= {date.fromisoformat(day) for day in facts["late"].get("days", {})}
+    hashes = {day.isoformat(): _hash_day(day, bounds) for day in sorted(days)}
+    return {day: tenants for day, tenants in hashes.items() if tenants}
+
+
+def _build_recording_bounds(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the bounds of all recordings that the digest knows of."""
+    return {
+        "id_max": facts["recording_id_max"],
         "watermark": facts["watermark"],
+        "after_id": 0,
+        "after_watermark": 0,
     }
+
+
+def _hash_day(day: date, bounds: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return count, sums and hash of each tenant's events of a UTC day that came with the recordings in `bounds`."""
+    call_id_min, call_id_end = compute_call_id_bounds(day, day + timedelta(days=1))
+    parameters = bounds | {"call_id_min": call_id_min, "call_id_end": call_id_end}
     create_exported_table()
     with transaction.atomic(), connection.cursor() as cursor:
         cursor.execute("LOCK TABLE metering_usage_event IN ACCESS SHARE MODE")
@@ -188,7 +229,7 @@ def read_digest(data: bytes, public_key: Ed25519PublicKey) -> SignedDigest:
             raise DigestError("the file is signed, but it is no digest that this program knows")
     except InvalidSignature:
         raise DigestError("the signature is not of this content by this key: the file was changed") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DigestError(f"the file is no digest: {error}") from error
     return digest
 
@@ -199,10 +240,23 @@ def count_corrections(digest: SignedDigest) -> int | None:
     return sum(tenant["corrections"] for tenant in covered["tenants"].values()) if covered else None
 
 
+def count_late_events(digest: SignedDigest) -> int | None:
+    """Return how many late events the digest covers; None where it is of version 1 or 2, which cover none."""
+    covered = digest.facts.get("late")
+    if covered is None:
+        return None
+    return sum(tenant["events"] for tenants in covered["days"].values() for tenant in tenants.values())
+
+
 def list_changes(digest: SignedDigest) -> list[str]:
     """Return what the database holds otherwise today than the digest says, by tenant."""
     facts = digest.facts
     changes = _compare(f"on {facts['day']}", facts["tenants"], list_tenant_hashes(facts))
+    if "late" in facts:
+        then, now = facts["late"]["days"], list_late_hashes(facts)
+        for day in sorted(then.keys() | now.keys()):
+            where = f"on {day}, late and signed with {facts['day']}"
+            changes += _compare(where, then.get(day, {}), now.get(day, {}))
     if "corrections" in facts:
         where = f"in the corrections signed with {facts['day']}"
         changes += _compare(where, facts["corrections"]["tenants"], list_correction_hashes(facts))

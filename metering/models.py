@@ -6,6 +6,7 @@ there an event is unique by its call id and has `(tenant_id, call_id)` as its pr
 
 from __future__ import annotations
 
+from django.contrib.postgres.fields import ArrayField
 from django.db import models
 from django.db.models.functions import Now
 
@@ -201,6 +202,9 @@ class Recording(models.Model):
     duplicate_count = models.IntegerField()
     superseded_count = models.IntegerField()
     dead_letter_count = models.IntegerField()
+    event_days = ArrayField(
+        models.DateField(), null=True, help_text="UTC days of the raw events; unknown of recordings before 0011"
+    )
     recorded_at = models.DateTimeField(db_default=Now())
     xid = Xid8Field(db_default=models.Func(function="pg_current_xact_id"))
 

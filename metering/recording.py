@@ -145,6 +145,8 @@ class EventRecorder:
         self._result = RecordingResult(0, [])
         # Counts by (tenant, hour since 1970, column).
         self._hourly: Counter[tuple[int, int, str]] = Counter()
+        # UTC days, counted from 1970, of the events that are inserted.
+        self._days: set[int] = set()
         # Tenant and hour of the arrivals that are not counted where they say they happened, by position.
         self._counted_in: dict[int, tuple[int, int]] = {}
         # What of the arrivals is recorded in exports of old days, and where all events can be read.
@@ -205,6 +207,7 @@ class EventRecorder:
         failpoints.reach("after_insert")
         self._count_received(sorted_out)
         sums = sum_events((event, group) for _, event, group, _ in inserted)
+        self._days = {group.counted_in[1] // 24 for group in sums}
         add_to_rollups(cursor, _merge_cells(sums))
         self._count({group: calls for group, (calls, *_) in sums.items()}, "rolled_up")
         leftovers = sorted_out.replays
@@ -460,6 +463,7 @@ class EventRecorder:
             duplicate_count=result.count(ArrivalState.DUPLICATE) + result.superseded_duplicate_count,
             superseded_count=len(result.superseded),
             dead_letter_count=origin.dead_letter_count,
+            event_days=[get_utc_day(day * US_PER_DAY) for day in sorted(self._days)],
         )
 
 

@@ -7,9 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,24 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 
+from gateway.contract.usage_event import UsageEvent as UsageEventOnWire
 from metering.corrections import CorrectionRequest, record_correction
 from metering.digests import (
     SignedDigest,
     count_corrections,
+    count_late_events,
     list_changes,
     load_private_key,
     load_public_key,
     read_digest,
     write_digest,
 )
-from metering.errors import DigestError
-from metering.models import CorrectionDelta, Digest, UsageCorrection, UsageEvent
+from metering.errors import DigestError, ExportUnreadableError
+from metering.models import CorrectionDelta, Digest, ExportedDay, UsageCorrection, UsageEvent
+from metering.retention.exporting import DayState
 from metering.services import roll_up
 from tests.metering.builders import build_event, get_us, send
+from tests.metering.old_days import FIRST, build_day, export
 
 # A digest covers what is below the oldest running transaction of the server, so other tests would hold it back.
 pytestmark = pytest.mark.serial
@@ -115,11 +120,91 @@ def test_any_changed_value_is_found_by_tenant(day: redis.Redis) -> None:
         assert found[0].startswith("tenant 2 on 2026-10-05: signed")
 
 
+NOON_US = get_us("2026-10-05T12:00:00")
+
+
+def record_late(client: redis.Redis, *events: Any) -> None:
+    send(client, events)
+    assert roll_up().rolled_up == len(events)
+
+
 def test_late_events_change_nothing_in_it(day: redis.Redis) -> None:
     digest = write_digest(DAY)
-    send(day, [build_event(4, occurred_at_us=get_us("2026-10-05T12:00:00"))])
-    roll_up()
+    record_late(day, build_event(4, occurred_at_us=NOON_US))
     assert list_changes(digest) == []
+
+
+def test_each_event_is_in_one_digest(day: redis.Redis) -> None:
+    """Of its day where it was there by then; else, once its day is signed, of the night after it came."""
+    next_day_us = NOON_US + 86_400_000_000
+    first = write_digest(DAY)
+    record_late(day, build_event(4, occurred_at_us=NOON_US), build_event(2, tenant_id=2, occurred_at_us=NOON_US))
+    record_late(day, build_event(5, occurred_at_us=next_day_us), build_event(6, occurred_at_us=next_day_us + 1))
+    second = write_digest(date(2026, 10, 6))
+    record_late(day, build_event(7, occurred_at_us=NOON_US + 1), build_event(8, occurred_at_us=next_day_us + 2))
+    record_late(day, build_event(9, occurred_at_us=get_us("2026-10-09T00:00:00")))
+    third, fourth = write_digest(date(2026, 10, 7)), write_digest(date(2026, 10, 8))
+    digests = (first, second, third, fourth)
+    assert [sum(tenant["events"] for tenant in digest.facts["tenants"].values()) for digest in digests] == [3, 3, 0, 0]
+    assert [count_late_events(digest) for digest in digests] == [0, 2, 2, 0]
+    assert {
+        late_day: {tenant: (values["events"], values["input_tokens"]) for tenant, values in tenants.items()}
+        for late_day, tenants in second.facts["late"]["days"].items()
+    } == {"2026-10-05": {"1": (1, 104), "2": (1, 102)}}
+    assert list(third.facts["late"]["days"]) == ["2026-10-05", "2026-10-06"]
+    assert [list_changes(digest) for digest in digests] == [[], [], [], []]
+
+
+def test_any_changed_value_of_a_late_event_is_found(day: redis.Redis) -> None:
+    write_digest(DAY)
+    record_late(day, build_event(2, tenant_id=2, occurred_at_us=NOON_US))
+    digest = write_digest(date(2026, 10, 6))
+    for assignment in ("output_tokens = 99", "region = 'x'", "detail = '{}'", "seq = 9"):
+        with undone():
+            change(assignment)
+            found = list_changes(digest)
+        assert len(found) == 1, assignment
+        assert found[0].startswith(
+            "tenant 2 on 2026-10-05, late and signed with 2026-10-06: signed {'events': 1, 'input_tokens': 102, "
+        )
+
+
+def test_late_event_is_missed_though_its_recording_names_no_day(day: redis.Redis) -> None:
+    write_digest(DAY)
+    record_late(day, build_event(2, tenant_id=2, occurred_at_us=NOON_US))
+    digest = write_digest(date(2026, 10, 6))
+    recording_id = UsageEvent.objects.get(tenant_id=2, seq=2).recording_id
+    change_row("metering_recording", "event_days = NULL", recording_id)
+    assert list_changes(digest) == []
+    change("recording_id = 1")
+    (found,) = list_changes(digest)
+    assert (found[:8], found[-10:]) == ("tenant 2", "found None")
+
+
+def test_late_event_that_left_the_database_is_read_from_its_export(
+    old_days: tuple[redis.Redis, list[UsageEventOnWire]], tmp_path: Path, settings: Any
+) -> None:
+    """Of the first two nights the late event left before its digest was written, of the last one after."""
+    settings.DATA_DIR = tmp_path
+    client, _ = old_days
+    write_digest(FIRST)
+    export()
+    digests = []
+    for number in range(3):
+        late = build_day(FIRST, first_seq=61 + number, count=1)[0]
+        call_id = str(uuid.UUID(int=uuid.UUID(late.call_id).int ^ (1 + number)))
+        record_late(client, msgspec.structs.replace(late, call_id=call_id))
+        if number < 2:
+            assert export() == [(FIRST, DayState.EXPORTED, 1)]
+        digests.append(write_digest(DAY + timedelta(days=number)))
+    assert export() == [(FIRST, DayState.EXPORTED, 1)]
+    assert UsageEvent.objects.count() == 0
+    assert [count_late_events(digest) for digest in digests] == [1, 1, 1]
+    assert [list_changes(digest) for digest in digests] == [[], [], []]
+    part = ExportedDay.objects.get(day=FIRST, part=2)
+    (settings.METERING_EXPORT_DIR / part.path).unlink()
+    with pytest.raises(ExportUnreadableError):
+        list_changes(digests[0])
 
 
 # Each column of both tables, except that the tenant of a correction is tested below: it moves to another's hash.
@@ -244,15 +329,31 @@ def test_corrections_after_a_digest_change_nothing_in_it(day: redis.Redis) -> No
 def sign_version_1() -> SignedDigest:
     """The digest of DAY as it was before corrections were covered, stored as the last one."""
     facts = write_digest(DAY).facts
+    del facts["corrections"], facts["late"]
+    return replace_digest(facts | {"version": 1})
+
+
+def replace_digest(facts: dict[str, Any]) -> SignedDigest:
     with connection.cursor() as cursor:
         cursor.execute("ALTER TABLE metering_digest DISABLE TRIGGER metering_digest_insert_only")
         cursor.execute("DELETE FROM metering_digest")
         cursor.execute("ALTER TABLE metering_digest ENABLE ALWAYS TRIGGER metering_digest_insert_only")
-    del facts["corrections"]
-    body = json.dumps(facts | {"version": 1}, sort_keys=True, separators=(",", ":")).encode()
+    body = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
     digest = SignedDigest(body, load_private_key().sign(body))
     Digest.objects.create(day=DAY, body=digest.body, signature=digest.signature)
     return digest
+
+
+def test_digest_of_version_2_holds_and_the_next_covers_late_events_since(day: redis.Redis) -> None:
+    record_late(day, build_event(4, occurred_at_us=NOON_US))
+    facts = write_digest(DAY).facts
+    del facts["late"]
+    old = replace_digest(facts | {"version": 2})
+    record_late(day, build_event(5, occurred_at_us=NOON_US + 1))
+    assert read_digest(old.to_file(), load_private_key().public_key()) == old
+    assert (count_late_events(old), list_changes(old)) == (None, [])
+    new = write_digest(date(2026, 10, 6))
+    assert (count_late_events(new), new.facts["late"]["after_id"]) == (1, old.facts["recording_id_max"])
 
 
 def test_digest_of_version_1_holds_and_the_next_covers_all_corrections(day: redis.Redis) -> None:
@@ -266,13 +367,14 @@ def test_digest_of_version_1_holds_and_the_next_covers_all_corrections(day: redi
     assert count_corrections(new) == 2
 
 
-def test_file_of_version_1_verifies() -> None:
-    """The sample was written by the program when digests were of version 1."""
+@pytest.mark.parametrize("version", [1, 2])
+def test_file_of_an_older_version_verifies(version: int) -> None:
+    """The samples were written by the program when digests were of that version."""
     samples = Path(__file__).parent / "samples"
-    data = (samples / "digest_version_1.json").read_bytes()
-    key = load_public_key(samples / "digest_version_1_key.pem")
+    data = (samples / f"digest_version_{version}.json").read_bytes()
+    key = load_public_key(samples / f"digest_version_{version}_key.pem")
     digest = read_digest(data, key)
-    assert (digest.facts["version"], digest.facts["tenants"]["1"]["events"]) == (1, 2)
+    assert (digest.facts["version"], digest.facts["tenants"]["1"]["events"]) == (version, 2)
     with pytest.raises(DigestError, match="was changed"):
         read_digest(data.replace(b"2026", b"2025", 1), key)
 
@@ -291,7 +393,7 @@ def test_command_verifies_without_a_database(tmp_path: Path) -> None:
 
 
 def test_file_of_an_unknown_version_is_refused(day: redis.Redis) -> None:
-    body = json.dumps(write_digest(DAY).facts | {"version": 3}).encode()
+    body = json.dumps(write_digest(DAY).facts | {"version": 4}).encode()
     with pytest.raises(DigestError, match="no digest that this program knows"):
         read_digest(SignedDigest(body, load_private_key().sign(body)).to_file(), load_private_key().public_key())
 
@@ -306,7 +408,7 @@ def test_file_is_checked_with_the_public_key_alone(day: redis.Redis) -> None:
         read_digest(forged, public_key)
     with pytest.raises(DigestError, match="was changed"):
         read_digest(data, Ed25519PrivateKey.generate().public_key())
-    for garbage in (b"", b"[]", b'{"digest": 1}', b'{"digest": "", "signature": "?"}'):
+    for garbage in (b"", b"[]", b"[" * 100_000, b'{"digest": 1}', b'{"digest": "", "signature": "?"}'):
         with pytest.raises(DigestError):
             read_digest(garbage, public_key)
 
@@ -317,7 +419,7 @@ def test_commands(day: redis.Redis, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert path == tmp_path / "digests" / "2026-10-05.json"
     assert (tmp_path / "digests" / "private_key.pem").stat().st_mode & 0o777 == 0o600
     call_command("verify_digest", str(path), "--recompute", "--json")
-    facts = {"is_valid": True, "day": "2026-10-05", "events": 3, "corrections": 0, "changes": []}
+    facts = {"is_valid": True, "day": "2026-10-05", "events": 3, "late_events": 0, "corrections": 0, "changes": []}
     assert json.loads(capsys.readouterr().out) == facts
     change("input_tokens = 900")
     call_command("verify_digest", str(path))

@@ -9,7 +9,14 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from metering.digests import count_corrections, get_key_folder, list_changes, load_public_key, read_digest
+from metering.digests import (
+    count_corrections,
+    count_late_events,
+    get_key_folder,
+    list_changes,
+    load_public_key,
+    read_digest,
+)
 from metering.errors import DigestError
 
 
@@ -45,16 +52,20 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
         tenants = digest.facts["tenants"]
         events = sum(tenant["events"] for tenant in tenants.values())
-        corrections = count_corrections(digest)
+        late_events, corrections = count_late_events(digest), count_corrections(digest)
         facts = {
             "is_valid": not changes,
             "day": digest.facts["day"],
             "events": events,
+            "late_events": late_events,
             "corrections": corrections,
             "changes": changes,
         }
+        late = (
+            "no late ones, as before version 3" if late_events is None else f"{late_events:,} late ones of days before"
+        )
         corrected = "no corrections, as before version 2" if corrections is None else f"{corrections:,} corrections"
-        text = f"Signed: {events:,} events of {len(tenants):,} tenants on {facts['day']} (UTC); {corrected}."
+        text = f"Signed: {events:,} events of {len(tenants):,} tenants on {facts['day']} (UTC); {late}; {corrected}."
         self.stdout.write(json.dumps(facts) if options["json"] else "\n".join([text, *changes]))
         if changes:
             sys.exit(1)
