@@ -6,7 +6,7 @@
 | the client left | client_aborted | what was emitted: continuous usage, or our own count |
 | no upstream gave a whole answer | upstream_error | nothing; the attempts carry the exposure |
 | the gateway had to stop (drain bound) | abandoned | what was emitted, as above |
-A call that was refused, or whose client left before anything was forwarded, has no event: its hold is released. Only
+A call that was refused, or that ended before anything was forwarded, has no event: its hold is released. Only
 where its intent lies in the spool it has one, an upstream_error without attempts: the intent needs an end there. An
 upstream that fails by itself is one that failed, also where the client has left and the answer was only read on.
 """
@@ -120,7 +120,8 @@ class Relay:
             parts.telemetry.admit_seconds.observe(time.monotonic() - started_at)
             self._exchange.set_gone_callback(self._on_client_gone)
             if self._exchange.is_gone:
-                await self._withdraw(candidates[0])
+                call.upstream = candidates[0]
+                await self._withdraw()
                 return
             await self._forward(candidates[:ATTEMPTS_MAX])
         finally:
@@ -147,7 +148,7 @@ class Relay:
                     await self._attempt(upstream)
                     return
                 except NotForwardedError:
-                    await self._withdraw(upstream)
+                    await self._withdraw()
                     return
                 except AttemptFailedError as attempt:
                     await self._note_failure(upstream, attempt)
@@ -376,9 +377,8 @@ class Relay:
         parts.telemetry.tokens.add(verdict.usage.output_tokens, (model, "output"))
         return format_nano(settlement.cost_nano, call.caller.tenant.currency).encode()
 
-    async def _withdraw(self, upstream: UpstreamRecord) -> None:
-        """The client left before anything went to `upstream`: what there is to record was before that, if anything."""
-        self._call.upstream = upstream
+    async def _withdraw(self) -> None:
+        """Nothing has gone to the call's upstream: what there is to record was before that, if anything."""
         if self._call.attempts or self._call.has_spooled_intent:
             # An intent in the spool has its end there, or it would be taken for that of a dead gateway.
             await self._settle(_build_failed_verdict())
@@ -391,6 +391,9 @@ class Relay:
     async def _settle_abandoned(self) -> None:
         """The process must stop: record what a stream has said so far; of any other call nothing is known."""
         if self._call.is_settled:
+            return
+        if not self._is_forwarded:
+            await self._withdraw()
             return
         if self._call.meter is None:
             verdict = Verdict(outcome=Outcome.ABANDONED, source=UsageSource.ESTIMATED, usage=NOTHING_USED)

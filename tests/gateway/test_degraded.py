@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 from gateway.calls import get_month
 from gateway.contract.catalog_snapshot import Limits
 from gateway.snapshot_reader import build_partition_keys
+from tests.fakes.full_listener import fill_listener
 from tests.fakes.gateway_stack import (
     MODEL,
     NO_HOLDS,
@@ -107,17 +107,6 @@ def test_without_redis_a_postpaid_tenant_is_served_and_recorded_later(down_stack
 def test_a_client_that_leaves_while_we_connect_without_redis_is_billed_nothing(down_stack: CrashStack) -> None:
     """Its intent lies in the spool, so its end must, too: one event, for no tokens, and no hold that stays."""
     stack = down_stack
-    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
-    # Nobody accepts, and the queue is full.
-    waiting = [socket.socket() for _ in range(3)]
-    for other in waiting:
-        other.setblocking(False)
-        other.connect_ex(listener.getsockname())
-    stack.catalog.upstreams.clear()
-    stack.catalog.add_upstream(1, f"http://127.0.0.1:{listener.getsockname()[1]}/v1", kind="vllm")
-    stack.catalog.publish(stack.client)
-    time.sleep(0.2)
-    stack.server.kill()
 
     async def leave() -> None:
         call = asyncio.ensure_future(send_call(stack.gateway.port, stack.api_keys[0], BODY))
@@ -125,21 +114,20 @@ def test_a_client_that_leaves_while_we_connect_without_redis_is_billed_nothing(d
             await asyncio.sleep(0.01)
         call.cancel()
 
-    asyncio.run(leave())
-    others = {other.getsockname() for other in waiting}
-    listener.settimeout(10)
-    connection, address = listener.accept()
-    while address in others:
-        connection.close()
-        connection, address = listener.accept()
-    stack.server.start()
-    wait_for(stack, 1)
-    stack.wait_until_quiet()
-    connection.setblocking(False)
-    with pytest.raises(BlockingIOError):  # The gateway's own connection, on which it has said nothing.
-        connection.recv(1)
-    for opened in (connection, listener, *waiting):
-        opened.close()
+    with fill_listener() as listener:
+        stack.catalog.upstreams.clear()
+        stack.catalog.add_upstream(1, f"{listener.url}/v1", kind="vllm")
+        stack.catalog.publish(stack.client)
+        time.sleep(0.2)
+        stack.server.kill()
+        asyncio.run(leave())
+        with listener.accept() as connection:
+            stack.server.start()
+            wait_for(stack, 1)
+            stack.wait_until_quiet()
+            connection.setblocking(False)
+            with pytest.raises(BlockingIOError):  # The gateway has said nothing.
+                connection.recv(1)
     (event,) = read_events(stack.client)
     assert (event.outcome, event.usage_source, event.attempts) == ("upstream_error", "none", ())
     assert (event.input_tokens, event.output_tokens) == (0, 0)

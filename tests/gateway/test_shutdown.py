@@ -16,7 +16,8 @@ import pytest
 
 from gateway.contract.usage_event import UsageEvent
 from gateway.snapshot_reader import build_partition_keys
-from tests.fakes.gateway_stack import MODEL, read_events
+from tests.fakes.full_listener import fill_listener
+from tests.fakes.gateway_stack import MODEL, read_events, read_holds
 from tests.fakes.load_client import Answer, send_call
 from tests.gateway.test_crashes import CrashStack
 from tests.gateway.test_degraded import check_books, list_spools
@@ -238,6 +239,30 @@ def test_a_call_that_waits_for_its_admission_leaves_no_hold(two_workers: CrashSt
     # The server had the admission, and then its end.
     check_books(stack, 0)
     assert stack.client.hgetall(build_partition_keys(1).get_scope_keys(1, 1)[0]) == {b"running": b"0", b"held": b"0"}
+
+
+def test_a_call_that_is_stopped_while_we_connect_was_none(two_workers: CrashStack) -> None:
+    stack = two_workers
+    answers: list[Answer] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(asyncio.run(send_call(stack.gateway.port, stack.api_keys[0], BODY)))
+    )
+    with fill_listener() as listener:
+        stack.catalog.upstreams.clear()
+        stack.catalog.add_upstream(1, f"{listener.url}/v1", kind="vllm")
+        stack.catalog.publish(stack.client)
+        time.sleep(0.2)
+        thread.start()
+        deadline = time.monotonic() + 4
+        while read_holds(stack.client)["holds"] == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(stack.gateway.pid, signal.SIGTERM)
+        os.kill(stack.gateway.pid, signal.SIGINT)
+        thread.join()
+        assert wait_for_exit(stack) == 0
+    assert answers[0].status == 0
+    check_books(stack, 0)
 
 
 def test_a_signal_to_supervisor_and_workers_at_once_is_no_second_one(two_workers: CrashStack) -> None:
