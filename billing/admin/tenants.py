@@ -19,6 +19,7 @@ from billing.admin.formats import format_bps, format_minor, render_number
 from billing.admin.limits import LIMIT_FIELDS, LimitsForm
 from billing.admin.operations import Operation, get_target, require_permission, run_operation
 from billing.models import Contract, Invoice, Party, PriceBook, Tenant
+from billing.models.parties import PREPAID_BUDGET_MISSING
 from billing.selectors.usage import has_usage
 from billing.services.tenants import create_tenant
 
@@ -44,6 +45,11 @@ class TenantForm(LimitsForm):
         super().__init__(*args, **kwargs)
         for name in PARTY_FIELDS:
             self.initial[f"party_{name}"] = getattr(self.instance.party, name)
+
+    def clean(self) -> None:
+        """Refuse what the table's constraint would, which is not asked for the field that this form replaces."""
+        if self.cleaned_data.get("is_prepaid") and self.cleaned_data.get("monthly_budget") is None:
+            self.add_error("monthly_budget", PREPAID_BUDGET_MISSING)
 
 
 class NewTenantForm(forms.Form):

@@ -21,6 +21,9 @@ def validate_timezone(value: str) -> None:
         raise ValidationError(f"unknown time zone {value!r}: use an IANA name such as Asia/Shanghai")
 
 
+PREPAID_BUDGET_MISSING = "a prepaid tenant needs a monthly budget: what it has paid for that month"
+
+
 class LimitedTable(models.Model):
     """Ceilings of a scope; empty means none. The budget is nano-currency per calendar month, UTC."""
 
@@ -84,6 +87,15 @@ class Tenant(LimitedTable):
 
     class Meta(LimitedTable.Meta):
         ordering = ("party__slug",)
+        constraints = (
+            *LimitedTable.Meta.constraints,
+            # Without one it could spend what it has not paid.
+            models.CheckConstraint(
+                condition=models.Q(is_prepaid=False) | models.Q(monthly_budget_nano__isnull=False),
+                name="tenant_prepaid_has_budget",
+                violation_error_message=PREPAID_BUDGET_MISSING,
+            ),
+        )
 
     def __str__(self) -> str:
         return self.party.slug
