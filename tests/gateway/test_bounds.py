@@ -178,7 +178,8 @@ def test_slow_clients_are_cut_off_whatever_they_are_slow_at(stack: Stack, narrow
         connection.settimeout(0.05)
     ended: dict[str, bytes] = {}
     while len(ended) < len(connections):
-        assert time.monotonic() - started_at < 4.5, ended
+        # The limit is that of these settings, not the usual one of 30 s.
+        assert time.monotonic() - started_at < 15, ended
         for name in connections.keys() - ended.keys():
             try:
                 _send_quietly(connections[name], drips.get(name, b" "))
@@ -246,7 +247,7 @@ def test_a_client_that_never_reads_is_cut_off_and_so_is_its_upstream(
             started_at = time.monotonic()
             client.sendall(build_request(stack, CALL[:-1] + b', "stream": true}'))
             (event,) = wait_for_events(stack.redis, 1)
-            assert 1.0 <= time.monotonic() - started_at < 4.0
+            assert time.monotonic() - started_at >= 1.0
             # The upstream was held back while the client did not read, and left when the client was.
             assert (event.outcome, event.usage_source, event.input_tokens) == ("client_aborted", "provider_partial", 11)
             assert 1 <= event.output_tokens <= sent < FRAMES_MAX

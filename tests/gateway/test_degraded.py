@@ -257,7 +257,7 @@ def test_a_hanging_redis_is_noticed_and_left_aside(server_folder: Path) -> None:
         os.kill(stack.server.pid, signal.SIGSTOP)
         started_at = time.monotonic()
         assert [answer.status for answer in send(stack, 5)] == [200] * 5
-        assert time.monotonic() - started_at < 3
+        assert time.monotonic() - started_at < 10
         os.kill(stack.server.pid, signal.SIGCONT)
         wait_for(stack, 5)
         stack.wait_until_quiet()

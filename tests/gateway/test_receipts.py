@@ -374,8 +374,7 @@ def test_a_web_process_that_hangs_holds_up_few_and_not_for_long(asking: Stack, w
     assert {code for code, _ in codes} == {(503, "receipts_unavailable")}
     durations_s = sorted(duration_s for _, duration_s in codes)
     # Two of six are not let through to it.
-    assert durations_s[1] < 1.0
-    assert 4.5 < durations_s[2] <= durations_s[5] < 7.0
+    assert durations_s[1] < 4.5 < durations_s[2] <= durations_s[5] < 8.0
     assert len(web.asked) == 4
 
 

@@ -184,13 +184,14 @@ def test_an_answer_beyond_its_bound_is_an_upstream_error(stack: Stack, narrow_ga
 
 def test_a_client_that_never_finishes_its_request_is_cut_off(stack: Stack, narrow_gateway: ServerProcess) -> None:
     for beginning in (b"", b"POST /v1/chat/comp", build_request(stack)[:-5]):
-        with socket.create_connection(("127.0.0.1", narrow_gateway.port), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", narrow_gateway.port), timeout=15) as connection:
             connection.sendall(beginning)
             started_at = time.monotonic()
             received = b""
             while chunk := connection.recv(65536):
                 received += chunk
-            assert 0.9 < time.monotonic() - started_at < 3.5
+            # The limit is that of these settings, not the usual one of 30 s.
+            assert 0.9 < time.monotonic() - started_at < 15
             assert received.startswith(b"HTTP/1.1 408 ")
 
 
