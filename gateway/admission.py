@@ -126,8 +126,6 @@ class Admission:
         caller = call.caller
         if isinstance(error, RedisReplyError):
             log.error("admission was refused by the Redis-protocol server: %s", error)
-            if str(error).startswith("NOSCRIPT"):
-                self._redis.break_connection()
         if caller.needs_redis or self._event_log.is_spool_too_old(self._spool_age_max_s):
             raise build_metering_unavailable()
         intent = SpooledIntent(

@@ -224,8 +224,6 @@ class EventLog:
         log.error("a settle was refused and will be sent again: %s", error)
         self._recall()
         self._is_holding_back = True
-        if str(error).startswith("NOSCRIPT"):
-            self._redis.break_connection()
         self._loop.call_later(RESEND_DELAY_S, self._restart)
 
     def _recall(self) -> None:
@@ -307,8 +305,6 @@ class EventLog:
             return
         except (RedisReplyError, OSError) as error:
             log.error("the replay of the spool failed and will be tried again: %s", error)
-            if str(error).startswith("NOSCRIPT"):
-                self._redis.break_connection()
             await asyncio.sleep(REPLAY_RETRY_S)
         finally:
             self._replay_task = None

@@ -194,12 +194,9 @@ class Idempotency:
         def on_done(done: asyncio.Future[bytes | None]) -> None:
             if done.cancelled():
                 return
-            error = done.exception()
-            if error is None:
-                if claim.is_final and claim.value is value and self._claims.pop(claim.call_id, None) is not None:
-                    self._waiting_bytes -= len(value)
-            elif str(error).startswith("NOSCRIPT"):
-                self._redis.break_connection()
+            is_acknowledged = done.exception() is None and claim.is_final and claim.value is value
+            if is_acknowledged and self._claims.pop(claim.call_id, None) is not None:
+                self._waiting_bytes -= len(value)
 
         future.add_done_callback(on_done)
         return future

@@ -244,6 +244,9 @@ class RedisConnection(asyncio.Protocol):
                 elif reply.__class__ is hiredis.ReplyError:
                     if waiting:
                         waiting.popleft()(RedisReplyError(str(reply)))
+                    if str(reply).startswith("NOSCRIPT"):
+                        # The server has lost its scripts: a new connection begins with loading them.
+                        self.break_connection()
                 else:
                     waiting.popleft()(reply)
         except hiredis.ProtocolError:

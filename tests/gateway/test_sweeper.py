@@ -139,6 +139,14 @@ def test_a_hold_that_cannot_be_read_stops_no_sweep(stack: Stack) -> None:
     assert "the hold of call no-call cannot be read and stays" in stack.gateway.read_log()
 
 
+def test_the_sweep_goes_on_where_redis_has_lost_its_scripts(stack: Stack) -> None:
+    """Without any call that would notice."""
+    stack.redis.script_flush()
+    occurred_at_us = time.time_ns() // 1_000 - 5_000_000
+    place_expired_hold(stack, build_call_id(occurred_at_us, bytes(10)), occurred_at_us)
+    assert [event.outcome for event in wait_for_events(stack.redis, 1)] == ["abandoned"]
+
+
 def test_work_that_fails_begins_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(background, "RESTART_S", 0.001)
     starts = 0
