@@ -196,6 +196,12 @@ def list_rollups() -> dict[RollupKey, UsageSums]:
 def test_corrections_race_live_consumers(metering: redis.Redis, consumers: Consumers) -> None:
     chance = random.Random(4)
     calls = draw_calls(chance)
+    # Consumers take a while to start: on a busy machine all backfills would be through by then.
+    send(metering, [next(call.event for call in calls if call.requests and not call.is_lost)])
+    deadline = time.monotonic() + 60
+    while not UsageRollup.objects.exists():
+        assert time.monotonic() < deadline, "no consumer records"
+        time.sleep(0.05)
     with ThreadPoolExecutor(4) as pool:
         people = [pool.submit(correct, calls[half::2], actor) for half in range(2) for actor in ("ann", "bob")]
         feed(metering, calls, chance, consumers)
