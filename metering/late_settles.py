@@ -13,6 +13,8 @@ import time
 import uuid
 from collections.abc import Sequence
 
+from django.db import transaction
+
 from gateway.contract.token_kind import Outcome
 from gateway.contract.usage_event import Superseded, UsageEvent
 from metering.catalog import load_catalog
@@ -20,6 +22,7 @@ from metering.core.aggregation import RollupKey, build_event_sums
 from metering.core.attribution import find_quarantine_reason
 from metering.core.corrections import CallState
 from metering.correction_rows import CorrectionDraft, build_state, get_live_correction, lock_call, write_correction
+from metering.errors import ExportUnreadableError
 from metering.models import QuarantinedEvent, UsageCorrection
 from metering.quarantine import release_quarantined_events
 from metering.quarantine_rows import read_settle
@@ -34,18 +37,27 @@ REASON = "The call's own settle came after the call was taken for abandoned."
 def apply_late_settles(fillers: Sequence[Superseded]) -> None:
     """Have abandoned calls count what their own settles say, in the transaction that recorded these fillers.
 
-    A call that a person has corrected stays as that person left it. Nothing happens where the call is not recorded, or
-    where today's catalog cannot attribute the settle: both are logged.
+    A call that a person has corrected stays as that person left it. Nothing happens where the call is not recorded,
+    where its export cannot be read, or where today's catalog cannot attribute the settle: all three are logged.
     """
     for filler in fillers:
         settled = read_settle(filler.event, filler.call_id)
         if settled is None:
             continue
-        held = QuarantinedEvent.objects.filter(call_id=settled.call_id, state=QuarantinedEvent.State.HELD).first()
-        if held is not None:
-            release_quarantined_events([held.pk], actor_name=ACTOR_NAME, note=REASON)
-        else:
-            _amend(filler, settled)
+        try:
+            with transaction.atomic():
+                _apply(filler, settled)
+        except ExportUnreadableError as error:
+            # What is behind it in the stream must not wait for a file.
+            logger.error("call %s: amend it by hand with what filler %d says: %s", settled.call_id, filler.seq, error)
+
+
+def _apply(filler: Superseded, settled: UsageEvent) -> None:
+    held = QuarantinedEvent.objects.filter(call_id=settled.call_id, state=QuarantinedEvent.State.HELD).first()
+    if held is not None:
+        release_quarantined_events([held.pk], actor_name=ACTOR_NAME, note=REASON)
+    else:
+        _amend(filler, settled)
 
 
 def _amend(filler: Superseded, settled: UsageEvent) -> None:

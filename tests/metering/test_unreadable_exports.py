@@ -14,7 +14,8 @@ from django.contrib.auth.models import User
 from django.db import transaction
 from django.test import Client
 
-from gateway.contract.usage_event import UsageEvent, to_wire
+from gateway.contract.streams import get_partition
+from gateway.contract.usage_event import Superseded, UsageEvent, to_wire
 from metering.catalog import load_catalog, store_catalog_snapshot
 from metering.errors import ExportUnreadableError
 from metering.event_rows import Arrival
@@ -25,7 +26,7 @@ from metering.retention import reading
 from metering.selectors import EventCounts, get_usage_event, sum_event_counts
 from metering.services import release_attributable_events, release_quarantined_events, roll_up
 from metering.verification import verify_period
-from tests.metering.builders import build_event, build_snapshot, send
+from tests.metering.builders import PARTITION_COUNT, build_event, build_snapshot, send
 from tests.metering.old_days import FIRST, MONTH, export
 
 
@@ -183,3 +184,17 @@ def test_what_is_asked_for_by_name_is_not_held_again(
     recorder = EventRecorder(load_catalog().attribution, RecordingOrigin(kind))
     with pytest.raises(ExportUnreadableError), transaction.atomic():
         recorder.record([Arrival(twin, to_wire(twin), 1, is_replay=False)])
+
+
+def test_late_settle_of_an_unreadable_day_stops_nothing_behind_it(
+    old_days: tuple[redis.Redis, list[UsageEvent]], settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    export()
+    client, (event, *_) = old_days
+    (settings.METERING_EXPORT_DIR / ExportedDay.objects.get(day=FIRST).path).unlink()
+    filler = Superseded(producer="gateway-a-1", seq=61, call_id=event.call_id, event=to_wire(event))
+    send(client, [filler], partition=get_partition(event.tenant_id, PARTITION_COUNT))
+    send(client, [build_event(62, tenant_id=event.tenant_id)])
+    totals = roll_up()
+    assert (totals.superseded, totals.rolled_up) == (1, 1)
+    assert f"call {event.call_id}: amend it by hand with what filler 61 says: the export " in caplog.text
