@@ -100,6 +100,7 @@ class EventLog:
         self._intents: list[tuple[SpooledIntent, asyncio.Future[None]]] = []
         self._down_since: float | None = self._loop.time()
         self._spool_since: float | None = None
+        self._is_replay_refused = False
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self.room = SpoolRoom(spool, self._disk)
         self._disk_lock = asyncio.Lock()
@@ -112,6 +113,11 @@ class EventLog:
     def unsettled_count(self) -> int:
         """Events that are not durable yet."""
         return len(self._queue)
+
+    @property
+    def has_replay(self) -> bool:
+        """Whether the spool has events that Redis will have soon: a replay that is refused may be so for ever."""
+        return not self.spool.is_empty and not self._is_replay_refused
 
     def settle(self, settlement: Settlement) -> asyncio.Future[str]:
         """Return a future of how it became durable (`event`, `superseded`, `applied`, `spooled`), or SpoolFullError.
@@ -298,12 +304,14 @@ class EventLog:
         try:
             while self._redis.is_up:
                 offset, is_done = await self._replay_step(offset)
+                self._is_replay_refused = False
                 if is_done:
                     self._spool_since = None
                     return
         except RedisUnavailableError:
             return
         except (RedisReplyError, OSError) as error:
+            self._is_replay_refused = True
             log.error("the replay of the spool failed and will be tried again: %s", error)
             await asyncio.sleep(REPLAY_RETRY_S)
         finally:

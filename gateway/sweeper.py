@@ -90,7 +90,7 @@ class Sweeper:
         by_partition: dict[PartitionKeys, list[bytes | str]] = {}
         if catalog is not None:
             by_partition = {keys: [] for keys in catalog.partitions}
-        has_replay = b"1" if self._is_adopting or not self._event_log.spool.is_empty else b"0"
+        has_replay = b"1" if self._is_adopting or self._event_log.has_replay else b"0"
         for call in self._in_flight.values():
             by_partition.setdefault(call.caller.keys, []).extend((call.call_id, build_progress(call)))
         for keys, pairs in by_partition.items():
@@ -102,7 +102,8 @@ class Sweeper:
         while True:
             await asyncio.sleep(min(ROUND_S, self._settings.lease_s / 4))
             catalog = self._snapshots.catalog
-            if catalog is None or self._loop.time() < self._sweep_from:
+            # While this process has a spool, what it sweeps would wait there, too.
+            if catalog is None or not self._event_log.spool.is_empty or self._loop.time() < self._sweep_from:
                 continue
             for keys in catalog.partitions:
                 try:

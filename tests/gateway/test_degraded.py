@@ -15,6 +15,7 @@ import pytest
 
 from gateway.calls import get_month
 from gateway.contract.catalog_snapshot import Limits
+from gateway.contract.usage_event import build_call_id
 from gateway.snapshot_reader import build_partition_keys
 from tests.fakes.full_listener import fill_listener
 from tests.fakes.gateway_stack import (
@@ -28,6 +29,7 @@ from tests.fakes.gateway_stack import (
 )
 from tests.fakes.load_client import Answer, send_call
 from tests.gateway.test_crashes import CrashStack
+from tests.gateway.test_sweeper import place_expired_hold
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -245,6 +247,40 @@ def test_beyond_its_bound_the_spool_refuses_and_readiness_fails(server_folder: P
         assert send(stack)[0].status == 200
         stack.wait_until_quiet()
         check_books(stack, served + 1)
+    finally:
+        stack.stop()
+
+
+def test_a_replay_that_redis_refuses_keeps_no_other_process_from_sweeping(server_folder: Path) -> None:
+    stack = CrashStack(server_folder)
+    stack.start(workers=2)
+    try:
+        # Connections are spread over the workers that have started: some calls go to each.
+        deadline, count = time.monotonic() + 30, 0
+        while len(producers := {event.producer for event in read_events(stack.client)}) < 2:
+            assert time.monotonic() < deadline
+            send(stack, 20)
+            count += 20
+            wait_for(stack, count)
+        seq_key = build_partition_keys(1).get_seq_key(producers.pop())
+        last_seq = int(stack.client.get(seq_key))
+        stack.client.delete(seq_key)
+        stack.client.rpush(seq_key, "no number")
+        stack.server.kill()
+        assert {answer.status for answer in send(stack, 20)} == {200}
+        stack.server.start()
+        occurred_at_us = time.time_ns() // 1_000 - 5_000_000
+        call_id = build_call_id(occurred_at_us, bytes(10))
+        place_expired_hold(stack.client, call_id, occurred_at_us)
+        deadline = time.monotonic() + 20
+        while call_id not in {event.call_id for event in read_events(stack.client)}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # Nothing is lost by it.
+        stack.client.set(seq_key, last_seq)
+        wait_for(stack, count + 21)
+        stack.wait_until_quiet()
+        assert {event.call_id for event in read_events(stack.client)} == {*stack.read_served(), call_id}
     finally:
         stack.stop()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import redis
 
 from gateway import background
 from gateway.calls import HoldRecord
@@ -22,7 +23,7 @@ from tests.gateway.conftest import Stack
 KEYS = build_partition_keys(1)
 
 
-def place_expired_hold(stack: Stack, call_id: str, occurred_at_us: int) -> None:
+def place_expired_hold(client: redis.Redis, call_id: str, occurred_at_us: int) -> None:
     """Write what admission writes of a call of tenant 1, with a lease that has run out."""
     hold = HoldRecord(
         estimate_nano=1_000,
@@ -37,9 +38,10 @@ def place_expired_hold(stack: Stack, call_id: str, occurred_at_us: int) -> None:
         streamed=False,
         region="",
     )
-    pipeline = stack.redis.pipeline(transaction=True)
+    pipeline = client.pipeline(transaction=True)
     for scope in KEYS.get_scope_keys(1, 1):
-        pipeline.hset(scope, mapping={"running": 1, "held": 1_000})
+        pipeline.hincrby(scope, "running", 1)
+        pipeline.hincrby(scope, "held", 1_000)
     pipeline.hset(KEYS.holds, call_id, msgspec.msgpack.encode(hold))
     pipeline.zadd(KEYS.leases, {call_id: occurred_at_us // 1_000})
     pipeline.execute()
@@ -89,7 +91,7 @@ def test_the_spool_of_a_dead_process_is_replayed_before_its_calls_are_swept(stac
     occurred_at_us = time.time_ns() // 1_000 - 5_000_000
     call_id = build_call_id(occurred_at_us, bytes(10))
     event = write_dead_spool(gateway_folder, "gw-dead", call_id, occurred_at_us)
-    place_expired_hold(stack, call_id, occurred_at_us)
+    place_expired_hold(stack.redis, call_id, occurred_at_us)
     assert wait_for_events(stack.redis, 1) == [event]
     assert read_superseded(stack.redis) == []
     assert read_holds(stack.redis) == NO_HOLDS
@@ -111,10 +113,10 @@ def test_a_spool_that_cannot_be_replayed_stops_neither_the_others_nor_the_sweep(
     write_dead_spool(gateway_folder, "gw-c", build_call_id(occurred_at_us, b"c" * 10), occurred_at_us)
     call_id = build_call_id(occurred_at_us, bytes(10))
     event = write_dead_spool(gateway_folder, "gw-d", call_id, occurred_at_us)
-    place_expired_hold(stack, call_id, occurred_at_us)
+    place_expired_hold(stack.redis, call_id, occurred_at_us)
     assert wait_for_events(stack.redis, 1) == [event]
     # A call of which no spool knows anything.
-    place_expired_hold(stack, build_call_id(occurred_at_us, b"e" * 10), occurred_at_us)
+    place_expired_hold(stack.redis, build_call_id(occurred_at_us, b"e" * 10), occurred_at_us)
     assert [event.outcome for event in wait_for_events(stack.redis, 2)] == ["completed", "abandoned"]
     assert read_holds(stack.redis) == NO_HOLDS
     # They are kept, and nobody holds them: they are looked at again.
@@ -132,7 +134,7 @@ def test_a_hold_that_cannot_be_read_stops_no_sweep(stack: Stack) -> None:
     for keys in (build_partition_keys(0), KEYS):
         stack.redis.hset(keys.holds, "no-call", b"\xc1")
         stack.redis.zadd(keys.leases, {"no-call": 0, "no-hold": 0})
-    place_expired_hold(stack, call_id, occurred_at_us)
+    place_expired_hold(stack.redis, call_id, occurred_at_us)
     (event,) = wait_for_events(stack.redis, 1)
     assert (event.call_id, event.outcome, event.output_tokens) == (call_id, "abandoned", 0)
     assert stack.redis.hkeys(KEYS.holds) == [b"no-call"]
@@ -143,7 +145,7 @@ def test_the_sweep_goes_on_where_redis_has_lost_its_scripts(stack: Stack) -> Non
     """Without any call that would notice."""
     stack.redis.script_flush()
     occurred_at_us = time.time_ns() // 1_000 - 5_000_000
-    place_expired_hold(stack, build_call_id(occurred_at_us, bytes(10)), occurred_at_us)
+    place_expired_hold(stack.redis, build_call_id(occurred_at_us, bytes(10)), occurred_at_us)
     assert [event.outcome for event in wait_for_events(stack.redis, 1)] == ["abandoned"]
 
 
