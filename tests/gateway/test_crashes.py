@@ -210,7 +210,8 @@ def test_5000_calls_under_30_kills_lose_and_double_nothing(crash_stack: CrashSta
     assert len(crash_stack.killed_pids) >= 20
     assert crash_stack.redis_kills >= 3
     events = read_events(crash_stack.client)
-    assert sum(event.streamed and event.output_tokens == 60 for event in events) > 2_000
+    # Clients leave about 375 of 2,500 streams, and each kill cuts up to 30 more.
+    assert sum(event.streamed and event.output_tokens == 60 for event in events) > 1_500
     assert outcomes["completed"] > 4_500
     assert outcomes["client_aborted"] >= 100
     failures = Counter(attempt.outcome for event in events for attempt in event.attempts)
