@@ -45,7 +45,8 @@ def needs_parsing(data: bytes) -> bool:
 
 
 def _is_always_null(data: bytes, name: bytes) -> bool:
-    return data.count(name) == data.count(name + b":null") + data.count(name + b": null")
+    count, tight_count = data.count(name), data.count(name + b":null")
+    return count == tight_count or count == tight_count + data.count(name + b": null")
 
 
 def is_plain(data: bytes) -> bool:
@@ -53,7 +54,7 @@ def is_plain(data: bytes) -> bool:
     return (
         data.endswith(b"\n\n")
         and data.startswith(b"data: ")
-        and data.count(b"\n") == 2 * data.count(b"\n\ndata: ") + 2
+        and (data.find(b"\n") == len(data) - 2 or data.count(b"\n") == 2 * data.count(b"\n\ndata: ") + 2)
         and b"\r" not in data
     )
 
@@ -142,12 +143,12 @@ class OpenAIStreamMeter:
         if self.is_done:
             return b""
         if self._has_started and not self._splitter.pending and is_plain(data):
+            shortened = self._feed_running_count(data) if self._is_continuous else None
+            if shortened is not None:
+                return shortened
             if not needs_parsing(data):
                 self._transcript.add_frames(data)
                 return data
-            shortened = self._feed_running_count(data)
-            if shortened is not None:
-                return shortened
         try:
             frames = self._splitter.split(data)
         except FrameTooLargeError as error:
@@ -167,7 +168,7 @@ class OpenAIStreamMeter:
         frame's end is a member of the chunk itself, so neither the chunk nor its text need be parsed.
         """
         start = data.rfind(b',"usage":{')
-        if start < 0 or not self._is_continuous or self._choices_count != 1 or needs_parsing(data[:start]):
+        if start < 0 or self._choices_count != 1 or needs_parsing(data[:start]):
             return None
         if b"[]" in data:
             # Perhaps the chunk of the whole call, `"choices":[]`, which is hidden from those who did not ask for it.

@@ -19,6 +19,28 @@ TEXT_CHARACTERS_MAX = 4 * 1024 * 1024
 CHOICES_MAX = 128
 
 
+class _TextDelta(msgspec.Struct, forbid_unknown_fields=True):
+    content: str
+
+
+class _TextChoice(msgspec.Struct, forbid_unknown_fields=True):
+    delta: _TextDelta
+    index: int = 0
+    logprobs: None = None
+    finish_reason: None = None
+    stop_reason: None = None
+    token_ids: None = None
+
+
+class _TextChunk(msgspec.Struct):
+    """A chunk of one choice that says some text and nothing else, as almost all do."""
+
+    choices: tuple[_TextChoice]
+
+
+_decode_text_chunk = msgspec.json.Decoder(_TextChunk).decode
+
+
 class _ChoiceText:
     """What one choice has said so far."""
 
@@ -159,6 +181,25 @@ class Transcript:
         if added:
             self._text_since_mark = True
 
+    def _add_text_chunk(self, frames: bytes) -> bool:
+        """Take in a single frame of text the short way, a fifth of the time of the long one; return whether it was one.
+
+        Of several frames there is none: JSON that goes on behind its end is no JSON.
+        """
+        if self._text_characters > TEXT_CHARACTERS_MAX or frames[:6] != b"data: ":
+            return False
+        try:
+            (choice,) = _decode_text_chunk(frames[6:]).choices
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return False
+        text = choice.delta.content
+        if not 0 <= choice.index < CHOICES_MAX or not text:
+            return False
+        self._choices.setdefault(choice.index, _ChoiceText()).content.append(text)
+        self._text_characters += len(text)
+        self._text_since_mark = True
+        return True
+
     def _parse_pending(self) -> None:
         pending, mark = self._pending, self._mark
         self._pending, self._pending_bytes, self._mark = [], 0, 0
@@ -167,6 +208,8 @@ class Transcript:
             if position == mark:
                 # Text found so far is older than the mark, unless an earlier parse already saw some after it.
                 self._text_since_mark = was_since_mark
+            if self._add_text_chunk(frames):
+                continue
             for frame in FrameSplitter().split(frames):
                 self.add_chunk(parse_json(get_frame_data(frame)))
         if mark >= len(pending):

@@ -46,3 +46,49 @@ def test_a_copy_of_a_text_that_is_too_long_is_not_countable(monkeypatch):
     # The bound is a copy's, too.
     late.add_frames(build_frame({"content": "e"}))
     assert late.build_emitted().is_truncated
+
+
+TEXT = {"index": 0, "delta": {"content": "a"}, "finish_reason": None}
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [TEXT],
+        [TEXT | {"index": 3, "logprobs": None, "stop_reason": None, "token_ids": None}],
+        [TEXT | {"index": 128}],
+        [TEXT | {"index": True}],
+        [TEXT | {"index": None}],
+        [{"delta": {"content": "a"}}],
+        [TEXT | {"delta": {"content": '\u00e9\u4e2d\U0001f999\n"'}}],
+        [TEXT | {"delta": {"content": ""}}],
+        [TEXT | {"delta": {"content": None}}],
+        [TEXT | {"delta": {"content": ["a"]}}],
+        [TEXT | {"delta": {"content": "a", "role": "assistant"}}],
+        [TEXT | {"delta": {"content": "a", "reasoning_content": "r"}}],
+        [TEXT | {"delta": {"content": "a", "refusal": "no"}}],
+        [TEXT | {"delta": {"content": "a", "tool_calls": [TOOL]}}],
+        [TEXT | {"logprobs": {"content": []}}],
+        [TEXT | {"finish_reason": "stop"}],
+        [TEXT | {"text": "b"}],
+        [TEXT, TEXT | {"index": 1}],
+        [{"index": 0, "text": "b"}],
+        [{"index": 0, "message": {"content": "b"}}],
+        [],
+        ["a"],
+        "a",
+    ],
+)
+def test_the_short_way_of_a_text_chunk_is_the_long_one(monkeypatch, choices):
+    def read(*, is_short):
+        if not is_short:
+            monkeypatch.setattr(Transcript, "_add_text_chunk", lambda *_: False)
+        gathered = Transcript()
+        gathered.add_frames(b": comment\n\n")
+        gathered.mark()
+        chunk = json.dumps({"id": "c", "choices": choices, "usage": {"a": 1}})
+        gathered.add_frames(f"data: {chunk}\n\n".encode())
+        gathered.add_frames(f"data: {json.dumps({'choices': choices}, ensure_ascii=False)}\n\n".encode() * 2)
+        return gathered.has_text_since_mark(), gathered.build_emitted()
+
+    assert read(is_short=True) == read(is_short=False)
