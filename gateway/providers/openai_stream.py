@@ -89,6 +89,7 @@ class OpenAIStreamMeter:
     """Implements StreamMeter for `data: {chunk}` streams that end with `data: [DONE]`."""
 
     __slots__ = (
+        "_around_text",
         "_asked_continuous",
         "_asked_usage",
         "_by_choice",
@@ -135,6 +136,7 @@ class OpenAIStreamMeter:
         self._has_end = False
         self._has_started = False
         self._error: UpstreamFailure | None = None
+        self._around_text = b"", b""
         self._finish_reason = ""
         self._request_id = ""
 
@@ -142,11 +144,11 @@ class OpenAIStreamMeter:
         """Return the bytes for the client now; see StreamMeter."""
         if self.is_done:
             return b""
-        if self._has_started and not self._splitter.pending and is_plain(data):
+        if self._has_started and not self._splitter.pending:
             shortened = self._feed_running_count(data) if self._is_continuous else None
             if shortened is not None:
                 return shortened
-            if not needs_parsing(data):
+            if is_plain(data) and not needs_parsing(data):
                 self._transcript.add_frames(data)
                 return data
         try:
@@ -168,11 +170,15 @@ class OpenAIStreamMeter:
         frame's end is a member of the chunk itself, so neither the chunk nor its text need be parsed.
         """
         start = data.rfind(b',"usage":{')
-        if start < 0 or self._choices_count != 1 or needs_parsing(data[:start]):
+        if start < 0:
             return None
-        if b"[]" in data:
-            # Perhaps the chunk of the whole call, `"choices":[]`, which is hidden from those who did not ask for it.
-            return None
+        is_known = self._is_known_but_for_its_text(data[:start])
+        if not is_known:
+            if self._choices_count != 1 or not is_plain(data) or needs_parsing(data[:start]):
+                return None
+            if b"[]" in data:
+                # Perhaps the chunk of the whole call, `"choices":[]`, hidden from those who did not ask for it.
+                return None
         try:
             reported = _decode_running_count(data[start + 9 : -3])
         except msgspec.DecodeError:
@@ -186,10 +192,29 @@ class OpenAIStreamMeter:
         )
         if usage is None:
             return None
+        if not is_known:
+            self._remember(data[:start])
         self._by_choice[0] = self.last_usage = usage
         self._transcript.add_frames(data)
         self._transcript.mark()
         return data if self._asked_continuous else data[:start] + b"}\n\n"
+
+    def _is_known_but_for_its_text(self, head: bytes) -> bool:
+        """Return whether a chunk before its usage differs only in its text from one that was looked through.
+
+        Text without quotes and escapes cannot be the name of a member.
+        """
+        before, after = self._around_text
+        if not after or not head.startswith(before) or not head.endswith(after, len(before)):
+            return False
+        text = head[len(before) : -len(after)]
+        return b'"' not in text and b"\\" not in text and b"\r" not in text
+
+    def _remember(self, head: bytes) -> None:
+        begin = head.find(b'"content":"') + 11
+        end = head.find(b'"', begin)
+        if begin > 10 and end > 0:
+            self._around_text = head[:begin], head[end:]
 
     def finish(self) -> CallResult:
         """Return what was seen; see StreamMeter."""

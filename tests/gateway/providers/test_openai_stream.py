@@ -114,9 +114,27 @@ def test_running_count_follows_the_stream():
 
 
 def test_shortcut_for_running_counts_equals_the_long_way():
-    texts = ["a", ',"usage":{"prompt_tokens":1}', "}", '"', "é你🦙", "\n\n"]
+    texts = [
+        "a",
+        "b",
+        ',"usage":{"prompt_tokens":1}',
+        "}",
+        '"',
+        "é你🦙",
+        "\n\n",
+        "",
+        "\\",
+        '"error',
+        "[DONE]",
+        "[]",
+        "c",
+    ]
     frames = [chunk("", usage=usage(36, 0)), *[chunk(text, usage=usage(36, 1 + i)) for i, text in enumerate(texts)]]
     nested = frame({"id": "x", "choices": [{"index": 0, "delta": {"content": "b"}, "usage": usage(1, 1)}]})
+    # Around a text that was seen before: members, line ends and nothing at all where the text was.
+    ends = b'"},"finish_reason":"length"}],"others":[{"delta":{"content":"'
+    raw = (ends, b'","finish_reason":"stop","x":"', b"\r", b"\n", b"\n\n", b"")
+    frames += [chunk("~", usage=usage(36, 40 + i)).replace(b"~", text) for i, text in enumerate(raw)]
     frames += [nested, chunk("c", usage=usage(36, 9)) + chunk("d", usage=usage(36, 10)), chunk("e", usage=usage(-1, 1))]
     for options in ({}, {"continuous": True, "asked": True}):
         short, long = open_meter(**options), open_meter(body={"n": 2}, **options)
@@ -125,6 +143,7 @@ def test_shortcut_for_running_counts_equals_the_long_way():
             assert short.last_usage == long.last_usage
         assert short.finish().emitted() == long.finish().emitted()
         assert short.finish().usage == long.finish().usage
+        assert short.finish().finish_reason == long.finish().finish_reason == "length"
 
 
 @pytest.mark.parametrize("cut", range(1, 5))
