@@ -167,8 +167,8 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.discard(self)
-        # The two know each other: the collector, which comes rarely, need not find them, and half a body.
-        self._parser = None
+        # Both know this connection: the collector, which comes rarely, need not find them, and half a body.
+        self._parser = self._incoming = None
         self._leave()
 
     def eof_received(self) -> None:
@@ -346,9 +346,11 @@ class HttpConnection(asyncio.Protocol):
 
     def _on_served(self, exchange: Exchange, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if self._current is exchange and not self.is_gone:
-            # It was stopped, or failed at failing: no client shall wait for what will not come.
-            self.abort()
+        if self._current is exchange:
+            # Its client has left; or it was stopped, or failed at failing: nobody shall wait for what will not come.
+            self._current = None
+            if not self.is_gone:
+                self.abort()
 
     def _call_next(self) -> None:
         if not self._is_write_paused:
