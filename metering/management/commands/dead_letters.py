@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import getpass
-import json
 from pathlib import Path
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 
 from metering.dead_letters import guess_content, read_mended, release_dead_letter, void_dead_letters
-from metering.errors import MeteringError
+from metering.management.decisions import DecisionCommand, add_decider, add_json, add_listing
 from metering.models import DeadLetter
 
 
-class Command(BaseCommand):
+class Command(DecisionCommand):
     """Decide on dead letters from a terminal; the admin does the same, save for mended events."""
 
     help = "List, explain, release and void stream entries that could not be read or stored."
 
     def add_arguments(self, parser: CommandParser) -> None:
         actions = parser.add_subparsers(dest="action", required=True)
-        listing = actions.add_parser("list", help="held letters, oldest first")
-        listing.add_argument("--all", action="store_true", help="decided ones too")
-        listing.add_argument("--limit", type=int, default=100, help="at most so many (100)")
+        add_listing(actions, what="held letters", ended="decided")
         explaining = actions.add_parser("explain", help="one letter: its bytes and what they may mean")
         explaining.add_argument("id", type=int)
         releasing = actions.add_parser("release", help="record it as if it came now")
@@ -34,17 +30,8 @@ class Command(BaseCommand):
         voiding = actions.add_parser("void", help="decide that they are never recorded")
         voiding.add_argument("ids", type=int, nargs="+", metavar="ID")
         for deciding in (releasing, voiding):
-            deciding.add_argument("--note", required=True, help="why; kept on record")
-            deciding.add_argument("--actor", default=getpass.getuser(), help="who; kept on record (the login name)")
-        for sub in actions.choices.values():
-            sub.add_argument("--json", action="store_true", help="print JSON")
-
-    def handle(self, *args: Any, **options: Any) -> None:
-        try:
-            facts, text = getattr(self, f"_{options['action']}")(options)
-        except (MeteringError, OSError) as error:
-            raise CommandError(str(error)) from error
-        self.stdout.write(json.dumps(facts, default=str) if options["json"] else text)
+            add_decider(deciding)
+        add_json(actions)
 
     def _list(self, options: dict[str, Any]) -> tuple[Any, str]:
         letters = DeadLetter.objects.order_by("pk")

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import getpass
-import json
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from django.db.models import QuerySet
 
 from gateway.contract import usage_event
 from metering.core.attribution import QuarantineReason
-from metering.errors import MeteringError
+from metering.management.decisions import DecisionCommand, add_decider, add_json, add_listing
 from metering.models import QuarantinedEvent
 from metering.quarantine import EXPLANATIONS, release_quarantined_events, void_quarantined_events
 
 
-class Command(BaseCommand):
+class Command(DecisionCommand):
     """Decide on quarantine from a terminal; the admin does the same."""
 
     help = "List, explain, release and void events held in quarantine."
 
     def add_arguments(self, parser: CommandParser) -> None:
         actions = parser.add_subparsers(dest="action", required=True)
-        listing = actions.add_parser("list", help="held events, oldest first")
-        listing.add_argument("--all", action="store_true", help="decided ones too")
-        listing.add_argument("--limit", type=int, default=100, help="at most so many (100)")
+        listing = add_listing(actions, what="held events", ended="decided")
         explaining = actions.add_parser("explain", help="one event: its content, its reason and what mends it")
         explaining.add_argument("id", type=int)
         for name, text in (("release", "try again and roll up"), ("void", "decide that they never count")):
             deciding = actions.add_parser(name, help=text)
             deciding.add_argument("ids", type=int, nargs="*", metavar="ID")
-            deciding.add_argument("--note", required=True, help="why; kept on record")
-            deciding.add_argument("--actor", default=getpass.getuser(), help="who; kept on record (the login name)")
+            add_decider(deciding)
             _add_filters(deciding)
         _add_filters(listing)
-        for sub in actions.choices.values():
-            sub.add_argument("--json", action="store_true", help="print JSON")
-
-    def handle(self, *args: Any, **options: Any) -> None:
-        try:
-            facts, text = getattr(self, f"_{options['action']}")(options)
-        except MeteringError as error:
-            raise CommandError(str(error)) from error
-        self.stdout.write(json.dumps(facts, default=str) if options["json"] else text)
+        add_json(actions)
 
     def _list(self, options: dict[str, Any]) -> tuple[Any, str]:
         rows = QuarantinedEvent.objects.all() if options["all"] else _select_held()

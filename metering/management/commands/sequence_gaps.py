@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import getpass
-import json
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 
-from metering.errors import MeteringError
 from metering.losses import accept_losses, find_acceptance
+from metering.management.decisions import DecisionCommand, add_decider, add_json, add_listing
 from metering.models import SequenceGap
 
 
-class Command(BaseCommand):
+class Command(DecisionCommand):
     """Decide on gaps from a terminal; the admin does the same."""
 
     help = "List numbers of producers whose events have not arrived, and accept those that are lost for good."
 
     def add_arguments(self, parser: CommandParser) -> None:
         actions = parser.add_subparsers(dest="action", required=True)
-        listing = actions.add_parser("list", help="open gaps, oldest first")
-        listing.add_argument("--all", action="store_true", help="closed ones too")
-        listing.add_argument("--limit", type=int, default=100, help="at most so many (100)")
+        add_listing(actions, what="open gaps", ended="closed")
         accepting = actions.add_parser("accept", help="decide that these events are lost: no alarm any more")
         accepting.add_argument("ids", type=int, nargs="+", metavar="ID")
-        accepting.add_argument("--note", required=True, help="why; kept on record")
-        accepting.add_argument("--actor", default=getpass.getuser(), help="who; kept on record (the login name)")
+        add_decider(accepting)
         accepting.add_argument("--dry-run", action="store_true", help="say what would be accepted, and record nothing")
-        for sub in actions.choices.values():
-            sub.add_argument("--json", action="store_true", help="print JSON")
-
-    def handle(self, *args: Any, **options: Any) -> None:
-        try:
-            facts, text = getattr(self, f"_{options['action']}")(options)
-        except MeteringError as error:
-            raise CommandError(str(error)) from error
-        self.stdout.write(json.dumps(facts, default=str) if options["json"] else text)
+        add_json(actions)
 
     def _list(self, options: dict[str, Any]) -> tuple[Any, str]:
         gaps = SequenceGap.objects.select_related("producer").order_by("noticed_at", "pk")
