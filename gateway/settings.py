@@ -13,6 +13,8 @@ from gateway.contract.redis_url import RedisUrlError, is_cluster_url, parse_clus
 PEPPER_LENGTH_MIN = 16
 # Of nano-currency: Lua compares doubles.
 NANO_MAX = 2**53 - 1
+# The web process and the embedded servers have the same one, wherever they are started.
+DATA_DIR_DEFAULT = Path(__file__).resolve().parent.parent / ".tollbook"
 
 
 class SettingsError(ValueError):
@@ -136,7 +138,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     settings = Settings(
         redis_url=redis_url,
         api_key_pepper=pepper.encode(),
-        data_dir=Path(environ.get("TOLLBOOK_DATA_DIR", "") or ".tollbook"),
+        data_dir=Path(environ.get("TOLLBOOK_DATA_DIR") or DATA_DIR_DEFAULT),
         host=environ.get("TOLLBOOK_GATEWAY_HOST", "") or "127.0.0.1",
         sandbox_url=environ.get("TOLLBOOK_SANDBOX_URL", ""),
         metrics_token=environ.get("TOLLBOOK_METRICS_TOKEN", "").encode(),

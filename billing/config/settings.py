@@ -18,7 +18,7 @@ from gateway.contract.redis_url import is_cluster_url
 BASE_DIR = Path(__file__).resolve().parent.parent.parent
 env = environ.Env()
 
-DATA_DIR = Path(os.environ.get("TOLLBOOK_DATA_DIR", BASE_DIR / ".tollbook"))
+DATA_DIR = Path(os.environ.get("TOLLBOOK_DATA_DIR") or BASE_DIR / ".tollbook")
 DEBUG = env.bool("TOLLBOOK_DEBUG", default=False)
 
 # Commands that run before anything is configured: they start the servers, or need none.
