@@ -31,6 +31,28 @@ CALLS_PER_ROUND = 200
 ROUND_S = 1.0
 ADOPTION_S = 5.0
 ADOPTION_BATCH = 256
+# Holds that cannot be read are logged once each, as far as so many are remembered.
+UNREADABLE_REMEMBERED_MAX = 10_000
+
+
+class _Walk:
+    """How far the sweep of a partition has come. Calls that stay are walked past, a round's number in each round.
+
+    Otherwise as many of them as fit into a round would keep it from all behind them.
+    """
+
+    __slots__ = ("stayed_count", "unreadable_count", "unreadable_last_count")
+
+    def __init__(self) -> None:
+        self.stayed_count = 0
+        self.unreadable_count = 0
+        # Of the whole walk before this one.
+        self.unreadable_last_count = 0
+
+    def end(self) -> None:
+        """Begin again with the oldest call."""
+        self.unreadable_last_count = self.unreadable_count
+        self.stayed_count = self.unreadable_count = 0
 
 
 class Sweeper:
@@ -54,11 +76,16 @@ class Sweeper:
         self._in_flight = in_flight
         self._loop = asyncio.get_running_loop()
         self._sweep_from = self._loop.time()
+        self._walks: dict[int, _Walk] = {}
+        self._logged_unreadable: set[str] = set()
         self._is_adopting = False
         self._adoption_lock = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="adoption")
         redis.add_listener(self)
+        telemetry.add_gauge(
+            "holds_unreadable", "Expired holds that the sweeper cannot read and leaves.", self._count_unreadable
+        )
 
     def start(self) -> None:
         """Begin renewing, sweeping and adopting."""
@@ -115,22 +142,30 @@ class Sweeper:
     async def _sweep(self, keys: PartitionKeys) -> None:
         catalog = self._snapshots.catalog
         assert catalog is not None
+        walk = self._walks.setdefault(keys.partition, _Walk())
         # A spooled event comes before the sweep: it knows what the call used. So what has expired is asked for again
         # once no dead process of this machine has a spool.
-        if not await self._list_expired(keys) or not await self._adopt_orphans():
+        if not await self._list_expired(keys, walk):
+            walk.end()
             return
-        reply = await self._list_expired(keys)
+        if not await self._adopt_orphans():
+            return
+        reply = await self._list_expired(keys, walk)
         settlements = []
         wanted = 0
         for call_id, hold, progress in zip(reply[0::3], reply[1::3], reply[2::3], strict=True):
-            name = call_id.decode()
+            name = call_id.decode(errors="backslashreplace")
             if name in self._in_flight:
+                walk.stayed_count += 1
                 continue
             try:
+                call_id.decode()
                 record = msgspec.msgpack.decode(hold, type=HoldRecord)
                 counts = msgspec.msgpack.decode(progress, type=ProgressRecord) if progress else None
-            except msgspec.MsgspecError as error:
-                log.error("the hold of call %s cannot be read and stays: %s", name, error)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                walk.stayed_count += 1
+                walk.unreadable_count += 1
+                self._log_unreadable(name, error)
                 continue
             wanted += compute_call_bytes(record.labels)
             settlements.append(
@@ -142,6 +177,8 @@ class Sweeper:
                     catalog=catalog,
                 )
             )
+        if len(reply) < 3 * CALLS_PER_ROUND:
+            walk.end()
         # Redis may go away before it has them: what calls have set aside in the spool stays theirs.
         room = self._event_log.room
         await room.reserve(wanted)
@@ -151,7 +188,17 @@ class Sweeper:
         finally:
             room.release(wanted)
 
-    async def _list_expired(self, keys: PartitionKeys) -> list[bytes]:
+    def _log_unreadable(self, name: str, error: Exception) -> None:
+        if name not in self._logged_unreadable:
+            if len(self._logged_unreadable) >= UNREADABLE_REMEMBERED_MAX:
+                self._logged_unreadable.clear()
+            self._logged_unreadable.add(name)
+            log.error("the hold of call %s cannot be read and stays: %s", name, error)
+
+    def _count_unreadable(self) -> int:
+        return sum(walk.unreadable_last_count for walk in self._walks.values())
+
+    async def _list_expired(self, keys: PartitionKeys, walk: _Walk) -> list[bytes]:
         """Return call id, hold and progress record, call after call."""
         reply: list[bytes] = await self._redis.call_script(
             LIST_EXPIRED,
@@ -159,6 +206,7 @@ class Sweeper:
             self._event_log.producer,
             self._settings.lease_s * 1000,
             CALLS_PER_ROUND,
+            walk.stayed_count,
         )
         return reply
 

@@ -167,13 +167,13 @@ def test_an_expired_call_is_swept_once_and_its_late_settle_is_superseded(scripts
     scripts.admit("call-1", lease_ms=0)
     time.sleep(0.005)
     keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.sweeper_lock, KEYS.replays)
-    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-b", 1000, 10) == [
+    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-b", 1000, 10, 0) == [
         b"call-1",
         build_hold(1_000),
         b"",
     ]
     # Another sweeper finds the partition locked.
-    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-c", 1000, 10) == []
+    assert scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-c", 1000, 10, 0) == []
     assert scripts.settle(1, "call-1", producer="gw-b", mode="sweep") == "event"
     assert scripts.read_scope() == {"running": 0, "held": 0}
     assert scripts.settle(1, "call-1", producer="gw-a") == "superseded"
@@ -236,7 +236,7 @@ def test_nothing_is_swept_while_a_living_process_has_a_spool_to_replay(scripts: 
 
     def list_expired() -> list[bytes]:
         keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.sweeper_lock, KEYS.replays)
-        return scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-b", 1000, 10)[:1]
+        return scripts.client.evalsha(LIST_EXPIRED.sha.decode(), 5, *keys, "gw-b", 1000, 10, 0)[:1]
 
     def renew(lease_ms: int, has_replay: bytes) -> None:
         keys = (KEYS.holds, KEYS.leases, KEYS.progress, KEYS.replays)

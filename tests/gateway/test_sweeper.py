@@ -133,12 +133,43 @@ def test_a_hold_that_cannot_be_read_stops_no_sweep(stack: Stack) -> None:
     # First in its partition, and in the first partition: another program's, or a broken one's.
     for keys in (build_partition_keys(0), KEYS):
         stack.redis.hset(keys.holds, "no-call", b"\xc1")
-        stack.redis.zadd(keys.leases, {"no-call": 0, "no-hold": 0})
+        stack.redis.zadd(keys.leases, {"no-call": 0, "no-hold": 0, b"\xff": 0})
     place_expired_hold(stack.redis, call_id, occurred_at_us)
     (event,) = wait_for_events(stack.redis, 1)
     assert (event.call_id, event.outcome, event.output_tokens) == (call_id, "abandoned", 0)
     assert stack.redis.hkeys(KEYS.holds) == [b"no-call"]
     assert "the hold of call no-call cannot be read and stays" in stack.gateway.read_log()
+
+
+def test_holds_that_cannot_be_read_are_walked_past_however_many(stack: Stack) -> None:
+    """More than the sweep takes in a round, all older than the one that can be read."""
+    names = [f"damaged-{number:03}" for number in range(250)]
+    stack.redis.hset(KEYS.holds, mapping=dict.fromkeys(names, b"\xc1"))
+    stack.redis.zadd(KEYS.leases, dict.fromkeys(names, 0))
+    occurred_at_us = time.time_ns() // 1_000 - 5_000_000
+    call_id = build_call_id(occurred_at_us, bytes(10))
+    place_expired_hold(stack.redis, call_id, occurred_at_us)
+    (event,) = wait_for_events(stack.redis, 1)
+    assert (event.call_id, event.outcome) == (call_id, "abandoned")
+    wait_for_unreadable(stack, 250)
+    # The walk begins again, and each is logged once.
+    place_expired_hold(stack.redis, build_call_id(occurred_at_us, b"b" * 10), occurred_at_us)
+    assert len(wait_for_events(stack.redis, 2)) == 2
+    wait_for_unreadable(stack, 250)
+    assert stack.gateway.read_log().count("the hold of call damaged-") == 250
+    # Nothing of them is lost.
+    assert stack.redis.hgetall(KEYS.holds) == {name.encode(): b"\xc1" for name in names}
+    assert stack.redis.zcard(KEYS.leases) == 250
+    stack.redis.delete(KEYS.holds, KEYS.leases)
+    wait_for_unreadable(stack, 0)
+
+
+def wait_for_unreadable(stack: Stack, count: int) -> None:
+    line = f'tollbook_gateway_holds_unreadable{{worker="0"}} {count}\n'
+    deadline = time.monotonic() + 10
+    while line not in stack.gateway.fetch("/metrics")[1].decode():
+        assert time.monotonic() < deadline, f"{count} unreadable holds were not shown"
+        time.sleep(0.05)
 
 
 def test_the_sweep_goes_on_where_redis_has_lost_its_scripts(stack: Stack) -> None:
