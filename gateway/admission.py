@@ -31,12 +31,17 @@ CANCEL = Script("cancel")
 WINDOW_S = 60
 NO_RETRY = (b"x-should-retry", b"false")
 
-_SCOPE_NAMES = {1: "tenant", 2: "API key"}
+_SCOPE_NAMES = {1: "tenant", 2: "API key", 3: "tenant for the model"}
 _LIMIT_TEXTS = {
     b"requests": "requests per minute",
     b"tokens": "tokens per minute",
     b"concurrent_calls": "concurrent calls",
     b"budget": "monthly budget",
+    b"balance": "prepaid balance",
+}
+_MONEY_TEXTS = {
+    b"budget": "It is renewed on the first of next month (UTC).",
+    b"balance": "Calls are served again when credits have been bought.",
 }
 Headers = tuple[tuple[bytes, bytes], ...]
 _REQUESTS_HEADERS, _TOKENS_HEADERS = (
@@ -67,14 +72,16 @@ class Admission:
             raise GatewayError(
                 403,
                 "limit_not_enforceable",
-                f"The limit {caller.unenforceable_limit} of this tenant is too large to be enforced.",
+                f"The limit {caller.unenforceable_limit} of this tenant cannot be enforced exactly.",
             )
         if call.estimate_nano > LIMIT_MAX:
             raise GatewayError(400, "call_too_expensive", "The most that this call can cost is too large.")
         await self._reserve(call)
         hold = build_hold(call, upstream, self._event_log.producer)
-        command = _build_admit_head(caller, get_month(call.occurred_at_us)) + pack_arguments(
-            call.call_id, hold, self._lease_ms, call.estimate_nano, call.estimate_tokens
+        more = _list_money_limits(caller, call.model.served_model_id)
+        head = _build_admit_head(caller, get_month(call.occurred_at_us), 5 + len(more))
+        command = head + pack_arguments(
+            call.call_id, hold, self._lease_ms, call.estimate_nano, call.estimate_tokens, *more
         )
         is_sent = self._redis.is_up
         try:
@@ -88,7 +95,7 @@ class Admission:
                 raise
             return ()
         if reply[0] == 0:
-            raise _build_limit_error(reply)
+            raise _build_limit_error(reply, call)
         if not caller.has_rate_limit:
             return ()
         call.rate_second = reply[1]
@@ -126,7 +133,9 @@ class Admission:
         caller = call.caller
         if isinstance(error, RedisReplyError):
             log.error("admission was refused by the Redis-protocol server: %s", error)
-        if caller.needs_redis or self._event_log.is_spool_too_old(self._spool_age_max_s):
+        if caller.must_have_redis(call.model.served_model_id) or self._event_log.is_spool_too_old(
+            self._spool_age_max_s
+        ):
             raise build_metering_unavailable()
         intent = SpooledIntent(
             partition=caller.keys.partition,
@@ -165,16 +174,27 @@ class Admission:
 
 
 @functools.lru_cache(HEADS_MAX)
-def _build_admit_head(caller: Caller, month: str) -> bytes:
+def _build_admit_head(caller: Caller, month: str, more: int) -> bytes:
     keys = caller.keys
+    prepaid_keys = () if caller.balance is None else (keys.get_prepaid_key(caller.tenant.tenant_id),)
     months = keys.get_month_keys(caller.tenant.tenant_id, caller.api_key.api_key_id, month)
     return build_command_head(
         ADMIT,
-        (keys.holds, keys.leases, *caller.scope_keys, *months, *caller.rate_keys),
+        (keys.holds, keys.leases, *caller.scope_keys, *months, *caller.rate_keys, *prepaid_keys),
         *caller.limit_arguments,
         keys_more=0,
-        more=5,
+        more=more,
     )
+
+
+def _list_money_limits(caller: Caller, served_model_id: int) -> tuple[int | str, ...]:
+    """Return the last arguments of `admit.lua`: none for most tenants."""
+    model_budget = caller.model_budgets.get(served_model_id)
+    balance = caller.balance
+    if model_budget is None and balance is None:
+        return ()
+    model = (served_model_id, "" if model_budget is None else model_budget)
+    return model if balance is None else (*model, balance.since_month, balance.balance_nano, balance.used_nano)
 
 
 def build_rate_limit_headers(caller: Caller, used: list[int]) -> Headers:
@@ -201,14 +221,16 @@ def _build_headers(
     return (names[0], b"%d" % limit), (names[1], b"%d" % max(0, remaining)), names[2]
 
 
-def _build_limit_error(reply: list[Any]) -> GatewayError:
+def _build_limit_error(reply: list[Any], call: Call) -> GatewayError:
     """Return the 429 of a refused admission; `reply` is `{0, limit, scope, wait, used}` of `admit.lua`."""
     limit, scope, wait_s = reply[1], _SCOPE_NAMES[reply[2]], reply[3]
+    if reply[2] == 3:
+        scope += f" '{call.model.name}'"
     text = _LIMIT_TEXTS[limit]
     if wait_s == 0:
         # A retry cannot help this month, or ever: clients must not triple the load of a broke tenant.
-        if limit == b"budget":
-            message = f"The {text} of this {scope} is used up. It is renewed on the first of next month (UTC)."
+        if limit in _MONEY_TEXTS:
+            message = f"The {text} of this {scope} is used up. {_MONEY_TEXTS[limit]}"
             return GatewayError(429, "insufficient_quota", message, type="insufficient_quota", headers=(NO_RETRY,))
         message = f"This call alone asks for more than the limit of {text} of this {scope}."
         return GatewayError(429, "rate_limit_exceeded", message, type=RATE_LIMIT, headers=(NO_RETRY,))

@@ -1,8 +1,8 @@
 """What a call can use at most, for its hold; and the cap that makes an upstream keep to it.
 
 A hold is worth something only if no call can cost more. So where money or tokens are limited (a monthly budget, tokens
-per minute, a prepaid tenant), what the hold assumed is what the upstream is told: a call that does not say how long its
-answer may be gets `max_tokens` (README, "Caps"). Other calls, and all other members, go on as they came.
+per minute, a prepaid balance), what the hold assumed is what the upstream is told: a call that names no bound of its
+answer gets `max_tokens` (README, "Caps"). Other calls, and all other members, go on as they came.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ async def bound_call(call: Call) -> None:
     request = call.request
     body = request.json
     context = call.model.context_tokens_max or TOKENS_MAX
-    must_hold = call.caller.limits_tokens
+    must_hold = call.caller.must_hold(call.model.served_model_id)
     prompt_name = _PROMPT_NAMES.get(request.endpoint)
     prompts = 1 if prompt_name is None else _count_prompts(body.get(prompt_name))
     input_tokens = context * prompts

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import time
+from datetime import datetime
+from zoneinfo import ZoneInfo
 
 import msgspec
 
-from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord, UpstreamRecord
+from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord, TenantRecord, UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, to_wire
 from gateway.event_log import Settlement
@@ -20,10 +22,16 @@ ATTEMPT_COMPLETED = "completed"
 TEXT_LENGTH_MAX = 256
 CODE_LENGTH_MAX = 64
 US_PER_HOUR = 3_600_000_000
+# The offsets of all zones are multiples of it, so that months begin on one.
+S_PER_QUARTER = 900
 
 
 class HoldRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """The intent of a call, as it lies in Redis while the call runs. Scripts read `estimate_nano`: it is first."""
+    """The intent of a call, as it lies in Redis while the call runs.
+
+    Scripts read members by their place: `estimate_nano`, `served_model_id` and `has_model_hold`, which says that the
+    estimate is held of the model's budget, too.
+    """
 
     estimate_nano: int
     producer: str
@@ -37,6 +45,7 @@ class HoldRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     streamed: bool
     region: str
     labels: dict[str, str] = {}
+    has_model_hold: bool = False
 
 
 class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -147,6 +156,18 @@ def _format_month(hour: int) -> str:
     return time.strftime("%Y%m", time.gmtime(hour * 3_600))
 
 
+def get_prepaid_month(tenant: TenantRecord | None, occurred_at_us: int) -> str:
+    """Return the month of its zone, `YYYYMM`, in which a tenant with credits spends them on a call; otherwise ""."""
+    if tenant is None or tenant.prepaid is None:
+        return ""
+    return _format_zone_month(occurred_at_us // (S_PER_QUARTER * 1_000_000), tenant.timezone)
+
+
+@functools.lru_cache(maxsize=1_024)
+def _format_zone_month(quarter: int, timezone: str) -> str:
+    return datetime.fromtimestamp(quarter * S_PER_QUARTER, ZoneInfo(timezone)).strftime("%Y%m")
+
+
 def build_hold(call: Call, upstream: UpstreamRecord, producer: str) -> bytes:
     """Return the hold record of a call that is about to be admitted."""
     return msgspec.msgpack.encode(
@@ -163,6 +184,7 @@ def build_hold(call: Call, upstream: UpstreamRecord, producer: str) -> bytes:
             streamed=call.request.streamed,
             region=upstream.region,
             labels=call.labels,
+            has_model_hold=call.model.served_model_id in call.caller.model_budgets,
         )
     )
 
@@ -243,6 +265,7 @@ def build_settlement(call: Call, verdict: Verdict, *, total_us: int) -> Settleme
         output_tokens=usage.output_tokens,
         rate_second=call.rate_second if call.caller.has_rate_limit else None,
         tokens_difference=usage.input_tokens + usage.output_tokens - call.estimate_tokens,
+        prepaid_month=get_prepaid_month(tenant, call.occurred_at_us),
     )
 
 
@@ -250,18 +273,9 @@ def build_abandoned_settlement(
     call_id: str, hold: HoldRecord, progress: ProgressRecord | None, *, keys: PartitionKeys, catalog: Catalog
 ) -> Settlement:
     """Return what the sweeper records of a call whose gateway died: the last known counts, or none (`estimated`)."""
-    usage = ReportedUsage(0, 0, source=UsageSource.ESTIMATED)
-    provider_id, upstream_id, region = hold.provider_id, hold.upstream_id, hold.region
-    if progress is not None:
-        usage = ReportedUsage(
-            input_tokens=progress.input_tokens,
-            output_tokens=progress.output_tokens,
-            cached_input_tokens=progress.cached_input_tokens,
-            cache_write_tokens=progress.cache_write_tokens,
-            reasoning_tokens=progress.reasoning_tokens,
-            source=progress.source,
-        )
-        provider_id, upstream_id, region = progress.provider_id, progress.upstream_id, progress.region
+    usage = _read_last_usage(progress)
+    latest = hold if progress is None else progress
+    provider_id, upstream_id, region = latest.provider_id, latest.upstream_id, latest.region
     is_counted = usage.source is UsageSource.COUNTED
     price = catalog.get_price(hold.tenant_id, hold.served_model_id)
 
@@ -305,6 +319,20 @@ def build_abandoned_settlement(
         billed_model_id=hold.served_model_id,
         input_tokens=usage.input_tokens,
         output_tokens=usage.output_tokens,
+        prepaid_month=get_prepaid_month(catalog.tenants.get(hold.tenant_id), hold.occurred_at_us),
+    )
+
+
+def _read_last_usage(progress: ProgressRecord | None) -> ReportedUsage:
+    if progress is None:
+        return ReportedUsage(0, 0, source=UsageSource.ESTIMATED)
+    return ReportedUsage(
+        input_tokens=progress.input_tokens,
+        output_tokens=progress.output_tokens,
+        cached_input_tokens=progress.cached_input_tokens,
+        cache_write_tokens=progress.cache_write_tokens,
+        reasoning_tokens=progress.reasoning_tokens,
+        source=progress.source,
     )
 
 

@@ -45,7 +45,8 @@ HEADS_MAX = 4_096
 class Settlement(msgspec.Struct, frozen=True, kw_only=True):
     """What is recorded of a call. `build_event` makes the event's bytes of producer and seq.
 
-    `rate_second` and `tokens_difference` correct the token windows. A Struct, as one is made for each call.
+    `rate_second` and `tokens_difference` correct the token windows. `prepaid_month` is "" for a tenant without credits.
+    A Struct, as one is made for each call.
     """
 
     keys: PartitionKeys
@@ -62,6 +63,7 @@ class Settlement(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     rate_second: int | None = None
     tokens_difference: int = 0
+    prepaid_month: str = ""
 
 
 class _Pending:
@@ -373,8 +375,14 @@ def build_settle_command(settlement: Settlement, *, producer: str, seq: int, flo
     keys = settlement.keys
     model_id = settlement.billed_model_id
     owner = (settlement.tenant_id, settlement.api_key_id)
-    return _build_settle_head(keys, producer, *owner, month=settlement.month) + pack_arguments(
+    prepaid_key: tuple[str, ...] = ()
+    prepaid_month: tuple[str, ...] = ()
+    if settlement.prepaid_month:
+        prepaid_key, prepaid_month = (keys.get_prepaid_key(settlement.tenant_id),), (settlement.prepaid_month,)
+    head = _build_settle_head(keys, producer, *owner, month=settlement.month, prepaid=len(prepaid_key))
+    return head + pack_arguments(
         keys.get_ended_key(settlement.call_id),
+        *prepaid_key,
         settlement.mode,
         producer,
         seq,
@@ -388,11 +396,14 @@ def build_settle_command(settlement: Settlement, *, producer: str, seq: int, flo
         settlement.output_tokens,
         b"" if settlement.rate_second is None else settlement.rate_second,
         settlement.tokens_difference,
+        *prepaid_month,
     )
 
 
 @functools.lru_cache(HEADS_MAX)
-def _build_settle_head(keys: PartitionKeys, producer: str, tenant_id: int, api_key_id: int, *, month: str) -> bytes:
+def _build_settle_head(
+    keys: PartitionKeys, producer: str, tenant_id: int, api_key_id: int, *, month: str, prepaid: int
+) -> bytes:
     return build_command_head(
         SETTLE,
         (
@@ -405,8 +416,8 @@ def _build_settle_head(keys: PartitionKeys, producer: str, tenant_id: int, api_k
             *keys.get_month_keys(tenant_id, api_key_id, month),
             *keys.get_rate_keys(tenant_id, api_key_id),
         ),
-        keys_more=1,
-        more=14,
+        keys_more=1 + prepaid,
+        more=14 + 2 * prepaid,
     )
 
 
@@ -427,6 +438,7 @@ def _build_spooled_settle(producer: str, pending: _Pending) -> SpooledSettle:
         billed_model_id=settlement.billed_model_id,
         input_tokens=settlement.input_tokens,
         output_tokens=settlement.output_tokens,
+        prepaid_month=settlement.prepaid_month,
     )
 
 
@@ -444,6 +456,7 @@ def _build_settlement(keys: PartitionKeys, record: SpooledSettle) -> Settlement:
         billed_model_id=record.billed_model_id,
         input_tokens=record.input_tokens,
         output_tokens=record.output_tokens,
+        prepaid_month=record.prepaid_month,
     )
 
 

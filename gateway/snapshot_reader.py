@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
@@ -19,6 +20,7 @@ from gateway.contract.catalog_snapshot import (
     ApiKeyRecord,
     CatalogSnapshot,
     Limits,
+    PrepaidBalance,
     PriceRecord,
     ServedModelRecord,
     SnapshotDecodeError,
@@ -45,6 +47,8 @@ POLL_INTERVAL_S = 0.5
 SANDBOX_KIND = "sandbox"
 # Lua compares doubles: a limit at or above 2^53 could not be enforced exactly.
 LIMIT_MAX = 2**53 - 1
+# A prepaid tenant that has neither credits nor a budget has paid for nothing.
+NO_BALANCE = PrepaidBalance(since_month="000000", balance_nano=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +80,10 @@ class PartitionKeys:
         """Return the keys of the sums of a month (`202611`, UTC), of the tenant and of the API key."""
         return f"month:{self.tag}:t{tenant_id}:{month}", f"month:{self.tag}:k{api_key_id}:{month}"
 
+    def get_prepaid_key(self, tenant_id: int) -> str:
+        """Return the key of what a tenant that has bought credits spent in each month of its zone."""
+        return f"prepaid:{self.tag}:t{tenant_id}"
+
     def get_rate_keys(self, tenant_id: int, api_key_id: int) -> tuple[str, str]:
         """Return the keys of the 60-second windows, of the tenant and of the API key."""
         return f"rate:{self.tag}:t{tenant_id}", f"rate:{self.tag}:k{api_key_id}"
@@ -102,7 +110,8 @@ class Caller:
 
     Compared by identity: it is a key of caches.
 
-    `limits_tokens`: money or tokens are limited, so no call may use more than its hold.
+    `limits_tokens`: money or tokens are limited, so no call may use more than its hold. `model_budgets` has the monthly
+    budgets of single served models, in nano-currency, by id; `balance` is what a prepaid tenant may spend.
     """
 
     tenant: TenantRecord
@@ -115,6 +124,16 @@ class Caller:
     limits_tokens: bool
     needs_redis: bool
     unenforceable_limit: str | None
+    model_budgets: Mapping[int, int]
+    balance: PrepaidBalance | None
+
+    def must_hold(self, served_model_id: int) -> bool:
+        """Return whether no call of a model may use more than its hold."""
+        return self.limits_tokens or served_model_id in self.model_budgets
+
+    def must_have_redis(self, served_model_id: int) -> bool:
+        """Return whether money is limited: then a call of a model is not served without Redis."""
+        return self.needs_redis or served_model_id in self.model_budgets
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +226,17 @@ def _build_caller(tenant: TenantRecord, api_key: ApiKeyRecord, keys: PartitionKe
         ),
         limits_tokens=has_budget or any(limits.tokens_per_minute is not None for limits in scopes),
         needs_redis=has_budget,
-        unenforceable_limit=next((name for limits in scopes if (name := _find_unenforceable(limits))), None),
+        unenforceable_limit=_find_unenforceable(tenant, scopes),
+        model_budgets={budget.served_model_id: budget.monthly_budget_nano for budget in tenant.model_budgets},
+        balance=_get_enforced_balance(tenant),
     )
+
+
+def _get_enforced_balance(tenant: TenantRecord) -> PrepaidBalance | None:
+    """A budget alone is what a prepaid tenant pays for each month. Prepaid is never without a limit."""
+    if not tenant.is_prepaid or (tenant.prepaid is None and tenant.limits.monthly_budget_nano is not None):
+        return None
+    return tenant.prepaid or NO_BALANCE
 
 
 def _list_values(limits: Limits) -> tuple[int | None, ...]:
@@ -220,12 +248,18 @@ def _list_values(limits: Limits) -> tuple[int | None, ...]:
     )
 
 
-def _find_unenforceable(limits: Limits) -> str | None:
+def _find_unenforceable(tenant: TenantRecord, scopes: tuple[Limits, ...]) -> str | None:
     names = ("requests_per_minute", "tokens_per_minute", "concurrent_calls", "monthly_budget_nano")
-    for name, value in zip(names, _list_values(limits), strict=True):
-        if value is not None and not 0 <= value <= LIMIT_MAX:
-            return name
-    return None
+    named = [pair for limits in scopes for pair in zip(names, _list_values(limits), strict=True)]
+    named += [("model_budgets", budget.monthly_budget_nano) for budget in tenant.model_budgets]
+    prepaid = tenant.prepaid
+    if prepaid is not None:
+        named += [("prepaid", prepaid.balance_nano), ("prepaid", prepaid.used_nano)]
+        try:
+            ZoneInfo(tenant.timezone)
+        except (ZoneInfoNotFoundError, ValueError):
+            return "prepaid"  # the months of its zone cannot be told
+    return next((name for name, value in named if value is not None and not 0 <= value <= LIMIT_MAX), None)
 
 
 class SnapshotReader:

@@ -62,6 +62,7 @@ class SpooledSettle(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
     billed_model_id: int | None
     input_tokens: int
     output_tokens: int
+    prepaid_month: str = ""
 
 
 SpoolRecord = SpooledIntent | SpooledSettle

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from gateway.calls import format_nano, get_month
-from gateway.contract.catalog_snapshot import Limits
+from gateway.contract.catalog_snapshot import Limits, PrepaidBalance
 from gateway.redis_connection import RedisConnection
 from gateway.snapshot_reader import Caller, Catalog
 
@@ -26,6 +26,10 @@ async def build_usage_report(redis: RedisConnection, caller: Caller, catalog: Ca
     tenant_now = _read_sums(await redis.call(b"HGETALL", tenant_scope))
     key_now = _read_sums(await redis.call(b"HGETALL", key_scope))
     currency = caller.tenant.currency
+    balance = caller.balance
+    months = {}
+    if balance is not None:
+        months = _read_sums(await redis.call(b"HGETALL", keys.get_prepaid_key(caller.tenant.tenant_id)))
     return {
         "object": "usage",
         "tenant": caller.tenant.slug,
@@ -33,9 +37,19 @@ async def build_usage_report(redis: RedisConnection, caller: Caller, catalog: Ca
         "month": f"{month[:4]}-{month[4:]}",
         "cost": _format(tenant_sums.get("cost", 0), currency),
         "models": _list_models(tenant_sums, catalog, currency),
+        "prepaid": None if balance is None else _build_prepaid(balance, months, tenant_now, currency),
         "limits": {
             "tenant": _build_limits(caller.tenant.limits, tenant_sums.get("cost", 0), tenant_now, currency),
             "api_key": _build_limits(caller.api_key.limits, key_cost, key_now, currency),
+            "models": [
+                {
+                    "model": _get_name(catalog, model_id),
+                    "monthly_budget": _format(budget, currency),
+                    "cost": _format(tenant_sums.get(f"{model_id}:cost", 0), currency),
+                    "held": _format(tenant_now.get(f"held:{model_id}", 0), currency),
+                }
+                for model_id, budget in sorted(caller.model_budgets.items())
+            ],
         },
     }
 
@@ -44,7 +58,7 @@ def _list_models(sums: dict[str, int], catalog: Catalog, currency: str) -> list[
     ids = sorted({int(name.partition(":")[0]) for name in sums if ":" in name})
     return [
         {
-            "model": catalog.models[model_id].name if model_id in catalog.models else str(model_id),
+            "model": _get_name(catalog, model_id),
             "calls": sums.get(f"{model_id}:calls", 0),
             "input_tokens": sums.get(f"{model_id}:input", 0),
             "output_tokens": sums.get(f"{model_id}:output", 0),
@@ -52,6 +66,25 @@ def _list_models(sums: dict[str, int], catalog: Catalog, currency: str) -> list[
         }
         for model_id in ids
     ]
+
+
+def _get_name(catalog: Catalog, model_id: int) -> str:
+    return catalog.models[model_id].name if model_id in catalog.models else str(model_id)
+
+
+def _build_prepaid(
+    balance: PrepaidBalance, months: dict[str, int], now: dict[str, int], currency: str
+) -> dict[str, str]:
+    """What is `remaining` can be spent now: calls that run hold a part of the balance."""
+    spent = sum(cost for month, cost in months.items() if month >= balance.since_month)
+    used = max(spent, balance.used_nano)
+    held = now.get("held", 0)
+    return {
+        "balance": _format(balance.balance_nano, currency),
+        "used": _format(used, currency),
+        "held": _format(held, currency),
+        "remaining": _format(max(0, balance.balance_nano - used - held), currency),
+    }
 
 
 def _build_limits(limits: Limits, cost_nano: int, now: dict[str, int], currency: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-SNAPSHOT_SCHEMA_VERSION = 1
+# 2 brought limits that a program which does not know them must not ignore.
+SNAPSHOT_SCHEMA_VERSION = 2
 
 
 class SnapshotDecodeError(ValueError):
@@ -26,8 +27,30 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     monthly_budget_nano: int | None = None
 
 
+class ModelBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tenant may spend on one served model in a calendar month, UTC."""
+
+    served_model_id: int
+    monthly_budget_nano: int
+
+
+class PrepaidBalance(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tenant may spend from a month of its zone on (`202611`): what it bought, less what it used before.
+
+    `used_nano` is what billing knew to be used since then, at least.
+    """
+
+    since_month: str
+    balance_nano: int
+    used_nano: int = 0
+
+
 class TenantRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A tenant. `timezone` is the IANA zone of its billing days. `is_prepaid` forbids service without Redis."""
+    """A tenant. `timezone` is the IANA zone of its billing days.
+
+    `is_prepaid` forbids service without Redis, and spending beyond `prepaid`; a tenant that has bought credits has a
+    `prepaid` whether or not it is prepaid now.
+    """
 
     tenant_id: int
     slug: str
@@ -37,6 +60,8 @@ class TenantRecord(msgspec.Struct, frozen=True, kw_only=True):
     is_active: bool = True
     is_prepaid: bool = False
     limits: Limits = Limits()
+    model_budgets: tuple[ModelBudget, ...] = ()
+    prepaid: PrepaidBalance | None = None
 
 
 class ApiKeyRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,11 +1,14 @@
 -- Admission: all limits of the tenant and the key, and the hold, or nothing.
 --
 -- KEYS 1 holds   2 leases   3,4 scope of tenant, key   5,6 month of tenant, key   7,8 rate of tenant, key
+--      9 credits spent, of a prepaid tenant
 -- ARGV 1-4 tenant: requests per minute, tokens per minute, concurrent calls, monthly budget in nano-currency
 --      5-8 the same of the key; '' is no limit
 --      9 call id   10 hold record   11 lease, ms   12 estimate, nano-currency   13 estimate, tokens
+--      and only where such a limit applies: 14 served model id   15 its monthly budget, '' is none
+--      and only of a prepaid tenant: 16 month since which credits count   17 balance   18 what is known to be used of it
 -- Reply {1, second, requests and tokens used in the tenant's window, the same of the key}
---    or {0, limit name, scope (1 tenant, 2 key), seconds until a retry can pass (0: not this month), used}
+--    or {0, limit name, scope (1 tenant, 2 key, 3 model), seconds until a retry can pass (0: none can), used}
 -- All numbers stay below 2^53: Lua compares doubles. Limits above are refused by the gateway, and so are calls whose
 -- hold or tokens would take a sum above it, whatever the limits: a sum that was cut off could not be released exactly.
 
@@ -72,6 +75,46 @@ local function compute_wait(key, kind, second, excess)
   return SLOTS
 end
 
+-- Nil where the estimate fits into `limit`, else the refusal: by what is spent (no retry helps), or by what is held.
+local function refuse_money(name, scope, limit, spent, held)
+  if spent + nano > limit then
+    return {0, name, scope, 0, spent}
+  elseif spent + held + nano > limit then
+    return {0, name, scope, 1, spent}
+  end
+end
+
+local model_budget = ARGV[15] or ''
+local model_held
+if model_budget ~= '' then
+  model_held = 'held:' .. ARGV[14]
+  local spent = tonumber(call('HGET', KEYS[5], ARGV[14] .. ':cost')) or 0
+  local held = tonumber(call('HGET', KEYS[3], model_held)) or 0
+  local refusal = refuse_money('budget', 3, tonumber(model_budget), spent, held)
+  if refusal then
+    return refusal
+  end
+end
+
+local unseen = 0  -- what billing knows to be used, and this server does not: it has lost data, or never saw it
+if ARGV[16] then
+  local since, spent = tonumber(ARGV[16]), 0
+  local months = call('HGETALL', KEYS[9])
+  for index = 1, #months, 2 do
+    if tonumber(months[index]) >= since then
+      spent = spent + tonumber(months[index + 1])
+    elseif tonumber(months[index]) + 100 < since then  -- more than a year earlier
+      call('HDEL', KEYS[9], months[index])
+    end
+  end
+  unseen = math.max(0, tonumber(ARGV[18]) - spent)
+  local held = tonumber(call('HGET', KEYS[3], 'held')) or 0
+  local refusal = refuse_money('balance', 1, tonumber(ARGV[17]), spent + unseen, held)
+  if refusal then
+    return refusal
+  end
+end
+
 local windows = {}
 for scope = 1, 2 do
   local base = scope * 4 - 3
@@ -80,12 +123,10 @@ for scope = 1, 2 do
   local now = call('HMGET', KEYS[2 + scope], 'running', 'held')
   local running, held = tonumber(now[1]) or 0, tonumber(now[2]) or 0
   if budget ~= '' then
-    local limit = tonumber(budget)
     local spent = tonumber(call('HGET', KEYS[4 + scope], 'cost')) or 0
-    if spent + nano > limit then
-      return {0, 'budget', scope, 0, spent}
-    elseif spent + held + nano > limit then
-      return {0, 'budget', scope, 1, spent}
+    local refusal = refuse_money('budget', scope, tonumber(budget), spent, held)
+    if refusal then
+      return refusal
     end
   elseif held + nano > SUM_MAX then
     return {0, 'budget', scope, 1, held}
@@ -130,6 +171,12 @@ for scope = 1, 2 do
   end
   call('HINCRBY', KEYS[2 + scope], 'running', 1)
   call('HINCRBY', KEYS[2 + scope], 'held', ARGV[12])
+end
+if model_held then
+  call('HINCRBY', KEYS[3], model_held, ARGV[12])
+end
+if unseen > 0 then
+  call('HINCRBY', KEYS[9], ARGV[16], string.format('%.0f', unseen))
 end
 call('HSET', KEYS[1], ARGV[9], ARGV[10])
 call('ZADD', KEYS[2], now_ms + tonumber(ARGV[11]), ARGV[9])

@@ -2,10 +2,12 @@
 --
 -- KEYS 1 usage stream   2 last applied seq of the producer   3 holds   4 leases   5 progress
 --      6,7 scope of tenant, key   8,9 month of tenant, key   10,11 rate of tenant, key   12 marker of an ended call
+--      13 credits spent, where the tenant has bought any
 -- ARGV 1 'settle' or 'sweep'   2 producer   3 seq   4 floor: lowest seq not yet acknowledged to the producer
 --      5 call id   6 event   7 '1': leave a marker that the call was settled
 --      8 cost, nano-currency   9 served model id, '' when not billed   10 input tokens   11 output tokens
 --      12 second of admission, '' when no rate was charged   13 tokens, true minus estimated
+--      14 month of the tenant's zone, with KEYS 13
 -- Reply 'event', 'superseded' or 'applied' (this seq was here before: the reply had been lost).
 --
 -- Order. A producer's events are applied in the order of seq. A seq that is not the next one is refused, or an
@@ -50,6 +52,9 @@ local function count(swept_cost, swept_model, swept_input, swept_output)
       redis.call('EXPIRE', KEYS[month], MONTH_TTL_S)
     end
   end
+  if KEYS[13] then
+    add(KEYS[13], ARGV[14], cost)
+  end
   local model = ARGV[9] ~= '' and ARGV[9] or swept_model
   if model ~= '' then
     local calls = (ARGV[9] ~= '' and 1 or 0) - (swept_model ~= '' and 1 or 0)
@@ -91,13 +96,17 @@ redis.call('XADD', KEYS[1], '*', 'e', event)
 redis.call('SET', KEYS[2], ARGV[3], 'EX', MARKER_TTL_S)
 if hold then
   -- 0 - x, not -x: Redis does not read '-0' as an integer.
-  local released = string.format('%.0f', 0 - cmsgpack.unpack(hold)[1])
+  local record = cmsgpack.unpack(hold)
+  local released = string.format('%.0f', 0 - record[1])
   redis.call('HDEL', KEYS[3], call_id)
   redis.call('ZREM', KEYS[4], call_id)
   redis.call('HDEL', KEYS[5], call_id)
   for scope = 6, 7 do
     redis.call('HINCRBY', KEYS[scope], 'running', -1)
     redis.call('HINCRBY', KEYS[scope], 'held', released)
+  end
+  if record[13] then
+    redis.call('HINCRBY', KEYS[6], 'held:' .. record[5], released)
   end
 end
 if ARGV[1] == 'sweep' then

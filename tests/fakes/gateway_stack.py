@@ -278,7 +278,7 @@ def read_holds(client: redis.Redis) -> dict[str, int]:
         for key in client.scan_iter(f"scope:{tag}:*"):
             scope = client.hgetall(key)
             totals["running"] += abs(int(scope[b"running"]))
-            totals["held"] += abs(int(scope[b"held"]))
+            totals["held"] += sum(abs(int(nano)) for name, nano in scope.items() if name.startswith(b"held"))
     return totals
 
 

@@ -13,12 +13,12 @@ import pytest
 
 from gateway.call_bounds import WINDOW_MARGIN_TOKENS, bound_call
 from gateway.calls import Call
-from gateway.contract.catalog_snapshot import CatalogSnapshot, Limits
+from gateway.contract.catalog_snapshot import CatalogSnapshot, Limits, ModelBudget, PrepaidBalance
 from gateway.errors import GatewayError
 from gateway.providers.base import CallRequest
 from gateway.snapshot_reader import build_catalog
 from gateway.tokenizer import count_input_tokens
-from tests.fakes.gateway_stack import MODEL, Catalog, read_events
+from tests.fakes.gateway_stack import MODEL, MODEL_ID, Catalog, read_events
 from tests.fakes.replaying_cloud import ReplayingCloud, run_replaying_cloud
 from tests.gateway.conftest import Stack
 
@@ -32,7 +32,8 @@ ANSWER = {
 LIMITED = [
     ({"limits": Limits(monthly_budget_nano=WIDE)}, {}),
     ({"limits": Limits(tokens_per_minute=WIDE)}, {}),
-    ({"is_prepaid": True}, {}),
+    ({"is_prepaid": True, "prepaid": PrepaidBalance(since_month="202611", balance_nano=WIDE)}, {}),
+    ({"model_budgets": (ModelBudget(served_model_id=MODEL_ID, monthly_budget_nano=WIDE),)}, {}),
     ({}, {"limits": Limits(monthly_budget_nano=WIDE)}),
     ({}, {"limits": Limits(tokens_per_minute=WIDE)}),
 ]

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from gateway.calls import get_month
-from gateway.contract.catalog_snapshot import Limits
+from gateway.contract.catalog_snapshot import Limits, ModelBudget, PrepaidBalance
 from gateway.contract.usage_event import build_call_id
 from gateway.snapshot_reader import build_partition_keys
 from tests.fakes.full_listener import fill_listener
 from tests.fakes.gateway_stack import (
     MODEL,
+    MODEL_ID,
     NO_HOLDS,
     build_gateway,
     find_sequence_gaps,
@@ -139,13 +140,16 @@ def test_a_client_that_leaves_while_we_connect_without_redis_is_billed_nothing(d
 
 def test_without_redis_prepaid_and_budgeted_tenants_get_503(down_stack: CrashStack) -> None:
     stack = down_stack
-    stack.api_keys.append(stack.catalog.add_tenant(7, is_prepaid=True))
+    balance = PrepaidBalance(since_month="202611", balance_nano=10**12)
+    budget = ModelBudget(served_model_id=MODEL_ID, monthly_budget_nano=10**12)
+    stack.api_keys.append(stack.catalog.add_tenant(7, is_prepaid=True, prepaid=balance))
     stack.api_keys.append(stack.catalog.add_tenant(8, limits=Limits(monthly_budget_nano=10**12)))
+    stack.api_keys.append(stack.catalog.add_tenant(9, model_budgets=(budget,)))
     stack.catalog.publish(stack.client)
     time.sleep(0.2)
-    assert [send(stack, tenant=tenant)[0].status for tenant in (7, 8)] == [200, 200]
+    assert [send(stack, tenant=tenant)[0].status for tenant in (7, 8, 9)] == [200, 200, 200]
     stack.server.kill()
-    for tenant in (7, 8):
+    for tenant in (7, 8, 9):
         (answer,) = send(stack, tenant=tenant)
         assert answer.status == 503
         assert answer.headers["retry-after"] == "1"
@@ -155,7 +159,7 @@ def test_without_redis_prepaid_and_budgeted_tenants_get_503(down_stack: CrashSta
     stack.server.start()
     wait_until_ready(stack)
     stack.wait_until_quiet()
-    check_books(stack, 2)
+    check_books(stack, 3)
     # What was never sent needs no release: in a long outage that would be all calls of it, kept and sent at its end.
     scripts = stack.client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})
     assert scripts["calls"] < 250
@@ -187,6 +191,35 @@ def test_calls_that_run_while_redis_restarts_are_recorded_once(down_stack: Crash
     stack.wait_until_quiet()
     check_books(stack, 30)
     assert {event.outcome for event in read_events(stack.client)} == {"completed"}
+
+
+def test_a_prepaid_balance_has_what_the_spool_of_a_killed_gateway_knows(down_stack: CrashStack) -> None:
+    stack = down_stack
+    balance = PrepaidBalance(since_month="202611", balance_nano=10**12)
+    stack.api_keys.append(stack.catalog.add_tenant(7, is_prepaid=True, prepaid=balance))
+    stack.catalog.publish(stack.client)
+    time.sleep(0.2)
+
+    async def run() -> list[Answer]:
+        body = BODY | {"stream": True, "chunks": 20, "chunk_delay_ms": 50}
+        calls = [asyncio.ensure_future(send_call(stack.gateway.port, stack.api_keys[6], body)) for _ in range(5)]
+        await asyncio.sleep(0.3)
+        stack.server.kill()
+        return await asyncio.gather(*calls)
+
+    assert [answer.is_complete for answer in asyncio.run(run())] == [True] * 5
+    stack.gateway.kill()
+    stack.server.start()
+    # Billed by a process that has never seen the tenant's calls.
+    stack.gateway.start(path="/readyz")
+    wait_for(stack, 5)
+    stack.wait_until_quiet()
+    check_books(stack, 5)
+    events = read_events(stack.client)
+    cost_nano = sum(event.input_tokens * 1_000 + event.output_tokens * 2_000 for event in events)
+    months = stack.client.hgetall(build_partition_keys(3).get_prepaid_key(7))
+    assert cost_nano > 0
+    assert months == {get_month(events[0].occurred_at_us).encode(): b"%d" % cost_nano}
 
 
 def test_the_spool_of_a_killed_gateway_is_adopted_with_its_own_sequence(down_stack: CrashStack) -> None:

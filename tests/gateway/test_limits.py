@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
 from deploy.embedded.server import choose_free_port
-from gateway.contract.catalog_snapshot import Limits
+from gateway.contract.catalog_snapshot import Limits, ModelBudget, PrepaidBalance
 from gateway.contract.usage_event import UsageEvent
 from tests.fakes.gateway_stack import (
     MODEL,
+    MODEL_ID,
     NO_HOLDS,
     Catalog,
     ServerProcess,
@@ -40,8 +42,8 @@ class LimitStack:
     upstream: ServerProcess
     catalog: Catalog
 
-    def add_tenant(self, tenant_id: int, limits: Limits) -> str:
-        api_key = self.catalog.add_tenant(tenant_id, limits=limits)
+    def add_tenant(self, tenant_id: int, limits: Limits | None = None, **changes: Any) -> str:
+        api_key = self.catalog.add_tenant(tenant_id, limits=limits, **changes)
         self.catalog.publish(self.redis)
         for worker in ("0", "1"):
             line = f'tollbook_gateway_snapshot_version{{worker="{worker}"}} {self.catalog.version}\n'
@@ -140,6 +142,27 @@ def test_a_budget_for_100_calls_lets_exactly_100_of_500_pass(limit_stack: LimitS
     api_key = limit_stack.add_tenant(1, Limits(monthly_budget_nano=budget))
     events = check_exactly_100_passed(limit_stack, limit_stack.send_at_once(api_key, body), tenant_id=1)
     assert sum(compute_nano(event.input_tokens, event.output_tokens) for event in events) == budget
+    assert count_statuses(limit_stack.send_at_once(api_key, body, count=10)) == {429: 10}
+
+
+def test_a_model_budget_for_100_calls_lets_exactly_100_of_500_pass(limit_stack: LimitStack) -> None:
+    body, *tokens = build_call_of_its_estimate()
+    budget = ALLOWED * compute_nano(*tokens)
+    api_key = limit_stack.add_tenant(
+        7, model_budgets=(ModelBudget(served_model_id=MODEL_ID, monthly_budget_nano=budget),)
+    )
+    events = check_exactly_100_passed(limit_stack, limit_stack.send_at_once(api_key, body), tenant_id=7)
+    assert sum(compute_nano(event.input_tokens, event.output_tokens) for event in events) == budget
+    assert count_statuses(limit_stack.send_at_once(api_key, body, count=10)) == {429: 10}
+
+
+def test_a_prepaid_balance_for_100_calls_lets_exactly_100_of_500_pass(limit_stack: LimitStack) -> None:
+    body, *tokens = build_call_of_its_estimate()
+    bought = ALLOWED * compute_nano(*tokens)
+    prepaid = PrepaidBalance(since_month="202611", balance_nano=bought)
+    api_key = limit_stack.add_tenant(8, is_prepaid=True, prepaid=prepaid, timezone="Asia/Shanghai")
+    events = check_exactly_100_passed(limit_stack, limit_stack.send_at_once(api_key, body), tenant_id=8)
+    assert sum(compute_nano(event.input_tokens, event.output_tokens) for event in events) == bought
     assert count_statuses(limit_stack.send_at_once(api_key, body, count=10)) == {429: 10}
 
 

@@ -33,18 +33,28 @@ class Scripts:
             client.script_load(script.source)
 
     def admit(
-        self, call_id: str, *, nano: int = 1_000, tokens: int = 10, lease_ms: int = 60_000, limits: Any = ()
+        self,
+        call_id: str,
+        *,
+        nano: int = 1_000,
+        tokens: int = 10,
+        lease_ms: int = 60_000,
+        limits: Any = (),
+        money: Any = (),
     ) -> Any:
+        """`money`: served model id and its budget; then month, balance and known use of a prepaid tenant."""
         limits = (*limits, *[""] * (8 - len(limits)))
+        hold = build_hold(nano, has_model_hold=bool(money) and money[1] != "")
         keys = (
             KEYS.holds,
             KEYS.leases,
             *KEYS.get_scope_keys(*OWNER),
             *KEYS.get_month_keys(*OWNER, MONTH),
             *KEYS.get_rate_keys(*OWNER),
+            *((KEYS.get_prepaid_key(OWNER[0]),) if len(money) > 2 else ()),
         )
         return self.client.evalsha(
-            ADMIT.sha.decode(), len(keys), *keys, *limits, call_id, build_hold(nano), lease_ms, nano, tokens
+            ADMIT.sha.decode(), len(keys), *keys, *limits, call_id, hold, lease_ms, nano, tokens, *money
         )
 
     def settle(self, seq: int, call_id: str, *, floor: int = 1, producer: str = "gw-a", **fields: Any) -> str:
@@ -73,7 +83,7 @@ class Scripts:
         ]
 
 
-def build_hold(nano: int) -> bytes:
+def build_hold(nano: int, *, has_model_hold: bool = False) -> bytes:
     return msgspec.msgpack.encode(
         HoldRecord(
             estimate_nano=nano,
@@ -87,6 +97,7 @@ def build_hold(nano: int) -> bytes:
             endpoint="chat.completions",
             streamed=False,
             region="",
+            has_model_hold=has_model_hold,
         )
     )
 
