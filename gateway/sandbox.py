@@ -206,6 +206,9 @@ class Answer:
                 yield build_frame(json.dumps(_ERRORS["error_in_200"][1]).encode()), 0
                 yield DONE_FRAME, 0
                 return
+            if fault == "bad_json_in_stream" and sum(sent) >= self.options.fault_after_tokens:
+                yield build_frame(b'{"choices":[{"delta"'), 0
+                fault = ""
             sent[index] += tokens
             part = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
             choice = {"index": index, **part, "logprobs": None, "finish_reason": finish_reason}

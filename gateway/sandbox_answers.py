@@ -53,6 +53,7 @@ FAULTS = frozenset(
         "cut_stream",
         "hang_in_stream",
         "error_in_stream",
+        "bad_json_in_stream",
         "no_done",
         "empty_first_chunk",
         "usage_with_finish",

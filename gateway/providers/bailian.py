@@ -16,9 +16,9 @@ from gateway.providers.base import CallRequest, CallResult, ReportedUsage, Strea
 from gateway.providers.chat_translation import TranslatedAnswer, build_result, get_model_name, read_chat
 from gateway.providers.openai_compatible import build_failed_result, join_path
 from gateway.providers.transcript import parse_json
-from gateway.providers.translated_stream import TranslatedStreamMeter
+from gateway.providers.translated_stream import TranslatedStreamMeter, read_event
 from gateway.providers.upstream_errors import build_invalid_answer, classify_answer, classify_body
-from gateway.sse import FrameSplitter, get_frame_data
+from gateway.sse import FrameSplitter
 from gateway.token_usage import believe_usage
 
 _PATH = "/services/aigc/text-generation/generation"
@@ -93,8 +93,8 @@ class _BailianMeter(TranslatedStreamMeter):
 
     def read(self, data: bytes) -> None:
         for frame in self._splitter.split(data):
-            event = parse_json(get_frame_data(frame))
-            if isinstance(event, dict) and not self.is_done:
+            event = read_event(frame)
+            if event is not None and not self.is_done:
                 self._read_event(event)
 
     def _read_event(self, event: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """The meter of an OpenAI-shaped stream: passes bytes through, reads usage, hides what nobody asked for.
 
-The hot path is a read of whole frames that carry only text: a few byte searches, and the bytes go on as they
-are. JSON is parsed only in frames that can carry usage, an error or a finish reason.
+The hot path is a read of whole frames that carry only text: a few byte searches, a look that they are JSON at all,
+and the bytes go on as they are. They are taken apart only where they can carry usage, an error or a finish reason.
+What is not JSON goes to nobody, for the official clients die of it: it ends the stream as a failed one.
+
+`find` is used instead of `in`, which on bytes costs four times as much.
 
 How usage is merged (reference: `providers/README.md`):
 
@@ -29,6 +32,7 @@ from gateway.sse import FrameSplitter, FrameTooLargeError, build_frame, get_fram
 from gateway.token_usage import believe_usage, get_choices_count, mark_source, read_openai_usage
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_skip_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def needs_parsing(data: bytes) -> bool:
@@ -37,26 +41,42 @@ def needs_parsing(data: bytes) -> bool:
     Quotes inside JSON strings are escaped, so `"usage"` with bare quotes is a member name or a whole string.
     """
     return (
-        (b'"usage"' in data and not _is_always_null(data, b'"usage"'))
-        or (b'"finish_reason"' in data and not _is_always_null(data, b'"finish_reason"'))
-        or b'"error' in data
-        or b"[DONE]" in data
+        not _is_always_null(data, b'"usage"')
+        or not _is_always_null(data, b'"finish_reason"')
+        or data.find(b'"error') >= 0
+        or data.find(b"[DONE]") >= 0
     )
 
 
 def _is_always_null(data: bytes, name: bytes) -> bool:
-    count, tight_count = data.count(name), data.count(name + b":null")
+    """Return whether a member is null wherever it is, if it is anywhere."""
+    count = data.count(name)
+    if count == 0:
+        return True
+    tight_count = data.count(name + b":null")
     return count == tight_count or count == tight_count + data.count(name + b": null")
 
 
 def is_plain(data: bytes) -> bool:
-    """Return whether `data` is whole frames of a single `data: ` line each, with LF line ends."""
+    """Return whether `data` is whole frames of a single `data: {…}` line each, with LF line ends."""
     return (
-        data.endswith(b"\n\n")
-        and data.startswith(b"data: ")
-        and (data.find(b"\n") == len(data) - 2 or data.count(b"\n") == 2 * data.count(b"\n\ndata: ") + 2)
-        and b"\r" not in data
+        data.endswith(b"}\n\n")
+        and data.startswith(b"data: {")
+        and (data.find(b"\n") == len(data) - 2 or data.count(b"\n") == 2 * data.count(b"}\n\ndata: {") + 2)
+        and data.find(b"\r") < 0
     )
+
+
+def is_json(data: bytes) -> bool:
+    """Return whether each frame of plain `data` is JSON in UTF-8, so a JSON object. Nothing is built of it."""
+    try:
+        if not data.isascii():
+            data.decode()
+        for text in data[6:-2].split(b"\n\ndata: "):
+            _skip_json(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
 
 
 def normalize_frame(frame: bytes, data: bytes | None) -> bytes:
@@ -148,7 +168,7 @@ class OpenAIStreamMeter:
             shortened = self._feed_running_count(data) if self._is_continuous else None
             if shortened is not None:
                 return shortened
-            if is_plain(data) and not needs_parsing(data):
+            if is_plain(data) and not needs_parsing(data) and is_json(data):
                 self._transcript.add_frames(data)
                 return data
         try:
@@ -176,14 +196,14 @@ class OpenAIStreamMeter:
         if not is_known:
             if self._choices_count != 1 or not is_plain(data) or needs_parsing(data[:start]):
                 return None
-            if b"[]" in data:
+            if data.find(b"[]") >= 0:
                 # Perhaps the chunk of the whole call, `"choices":[]`, hidden from those who did not ask for it.
                 return None
         try:
             reported = _decode_running_count(data[start + 9 : -3])
         except msgspec.DecodeError:
             return None
-        if data[-3:] != b"}\n\n" or data.count(b"\n") != 2:
+        if data[-3:] != b"}\n\n" or data.count(b"\n") != 2 or not is_json(data):
             return None
         usage = believe_usage(
             ReportedUsage(reported.prompt_tokens, reported.completion_tokens),
@@ -208,7 +228,7 @@ class OpenAIStreamMeter:
         if not after or not head.startswith(before) or not head.endswith(after, len(before)):
             return False
         text = head[len(before) : -len(after)]
-        return b'"' not in text and b"\\" not in text and b"\r" not in text
+        return text.find(b'"') < 0 and text.find(b"\\") < 0 and text.find(b"\r") < 0
 
     def _remember(self, head: bytes) -> None:
         begin = head.find(b'"content":"') + 11
@@ -239,21 +259,21 @@ class OpenAIStreamMeter:
 
     def _take(self, frame: bytes) -> bytes:
         """Take in one frame and return what the client gets of it."""
-        data = get_frame_data(frame)
+        data = (get_frame_data(frame) or b"").strip()
         if data == b"[DONE]":
             self._has_end = self.is_done = True
             return b""
+        if not data:
+            return normalize_frame(frame, None)
         if not is_plain(frame):
             frame = normalize_frame(frame, data)
-        if data is None:
-            return frame
-        if self._has_started and not needs_parsing(data):
+        if self._has_started and is_plain(frame) and not needs_parsing(data) and is_json(frame):
             self._transcript.add_frames(frame)
             return frame
         chunk = parse_json(data)
         if not isinstance(chunk, dict):
-            self._transcript.add_frames(frame)
-            return frame
+            self.fail(build_invalid_answer("The provider's stream has a line that is not a JSON object."))
+            return b""
         failure = classify_body(chunk)
         if failure is not None:
             self.fail(failure)

@@ -28,9 +28,9 @@ from gateway.providers.base import (
 from gateway.providers.chat_translation import TranslatedAnswer, Turn, build_result, get_model_name, read_chat
 from gateway.providers.openai_compatible import build_failed_result, join_path
 from gateway.providers.transcript import parse_json
-from gateway.providers.translated_stream import TranslatedStreamMeter
+from gateway.providers.translated_stream import TranslatedStreamMeter, read_event
 from gateway.providers.upstream_errors import build_invalid_answer, classify_answer, classify_body
-from gateway.sse import FrameSplitter, get_frame_data
+from gateway.sse import FrameSplitter
 from gateway.token_usage import believe_usage
 
 _OPTIONS = ("temperature", "top_p", "top_k", "penalty_score", "stop")
@@ -103,7 +103,8 @@ class _QianfanMeter(TranslatedStreamMeter):
 
     def read(self, data: bytes) -> None:
         for frame in self._splitter.split(data):
-            self._read_event(parse_json(get_frame_data(frame) or frame.strip()))
+            # A bare line is an error, or nothing that concerns anybody.
+            self._read_event(read_event(frame) or parse_json(frame.strip()))
 
     def read_tail(self) -> None:
         self._read_event(parse_json(self._splitter.pending.strip()))

@@ -26,9 +26,9 @@ from gateway.providers.base import (
 )
 from gateway.providers.chat_translation import build_openai_usage, get_model_name
 from gateway.providers.tools import ToolCall
-from gateway.providers.transcript import TEXT_CHARACTERS_MAX
+from gateway.providers.transcript import TEXT_CHARACTERS_MAX, parse_json
 from gateway.providers.upstream_errors import build_invalid_answer
-from gateway.sse import build_frame
+from gateway.sse import build_frame, get_frame_data
 from gateway.token_usage import believe_usage, mark_source
 
 
@@ -168,6 +168,21 @@ class TranslatedStreamMeter(ABC):
             **members,
         }
         self._frames.append(build_frame(msgspec.json.encode(chunk)))
+
+
+def read_event(frame: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in a frame, None where it has no data; raises ValueError where it has other data.
+
+    >>> read_event(b'id:1\\ndata:{"a":1}\\n\\n'), read_event(b": ping\\n\\n"), read_event(b"data:\\n\\n")
+    ({'a': 1}, None, None)
+    """
+    data = (get_frame_data(frame) or b"").strip()
+    if not data:
+        return None
+    event = parse_json(data)
+    if not isinstance(event, dict):
+        raise ValueError("it has a line that is not a JSON object")
+    return event
 
 
 def _build_emitted(

@@ -194,7 +194,7 @@ def test_an_upstream_error_is_one_event_and_bills_nothing(stack: Stack, fault: s
     assert read_holds(stack.redis) == NO_HOLDS
 
 
-@pytest.mark.parametrize("fault", ["cut_stream", "error_in_stream", "no_done"])
+@pytest.mark.parametrize("fault", ["cut_stream", "error_in_stream", "bad_json_in_stream", "no_done"])
 def test_a_stream_that_breaks_ends_with_an_error_and_bills_nothing(stack: Stack, fault: str) -> None:
     stream = stack.build_client().chat.completions.create(
         model=MODEL, messages=HI, stream=True, extra_body={"sandbox": {"fault": fault}}

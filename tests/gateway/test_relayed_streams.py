@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import openai
 import pytest
 
 from gateway.contract.catalog_snapshot import Limits
@@ -162,6 +163,16 @@ def test_running_counts_are_shown_to_who_asks_for_them(stack: Stack, upstream: S
             b'event: error\ndata: {"object":"error","message":"n","type":"BadRequestError","param":"n","code":400}\n\n',
             ("n", "BadRequestError", "n", "invalid_request_error"),
         ),
+        # What would crash a client.
+        (
+            b'data: {"id":"c","choices":[{"index":0,"del\n\n' + say(b"B") + DONE,
+            (
+                "The provider's stream has a line that is not a JSON object.",
+                "upstream_error",
+                None,
+                "upstream_invalid_response",
+            ),
+        ),
     ],
 )
 def test_a_stream_that_fails_ends_with_an_error_and_without_done(
@@ -174,7 +185,32 @@ def test_a_stream_that_fails_ends_with_an_error_and_without_done(
     )
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")
     assert received == b"".join(SAID[:2]) + b"data: %b\n\n" % body.encode()
-    assert [event.outcome for event in read_events(stack.redis)] == ["upstream_error"]
+    (event,) = read_events(stack.redis)
+    assert (event.outcome, event.usage_source, event.input_tokens, event.output_tokens) == (
+        "upstream_error",
+        "none",
+        0,
+        0,
+    )
+    # "A river", which the provider may charge for.
+    assert event.attempts[0].exposure_output_tokens == 2
+    with pytest.raises(openai.APIError) as caught:
+        list(stack.build_client().chat.completions.create(model=MODEL, messages=[], stream=True))
+    assert str(caught.value) == error[0]
+    assert caught.value.body == json.loads(body)["error"]
+
+
+def test_a_first_line_that_is_no_json_is_another_upstreams_chance(stack: Stack, upstream: ScriptedUpstream) -> None:
+    upstream.answer = stream(b"data: <html>\n\n", *SAID, DONE)
+    head, received = send(stack, STREAM)
+    assert head.startswith(b"HTTP/1.1 502 ")
+    assert json.loads(received)["error"]["code"] == "upstream_invalid_response"
+    whole = ScriptedUpstream(stream(*SAID, TOTAL, DONE))
+    stack.catalog.add_upstream(2, whole.url + "/v1", kind="openai_compatible", priority=1)
+    stack.publish()
+    assert send(stack, STREAM)[1] == b"".join(SAID) + DONE
+    whole.close()
+    assert [event.outcome for event in read_events(stack.redis)] == ["upstream_error", "completed"]
 
 
 def test_a_client_that_leaves_at_done_has_had_its_answer(stack: Stack, upstream: ScriptedUpstream) -> None:

@@ -143,7 +143,7 @@ def test_an_upstream_error_is_raised_and_bills_nothing(stack: Stack, fault: str)
     assert read_counts(stack) == ("responses", "upstream_error", "none", 0, 0)
 
 
-@pytest.mark.parametrize("fault", ["cut_stream", "error_in_stream", "no_done"])
+@pytest.mark.parametrize("fault", ["cut_stream", "error_in_stream", "bad_json_in_stream", "no_done"])
 def test_a_stream_that_breaks_fails_and_raises_and_bills_nothing(stack: Stack, fault: str) -> None:
     kinds = []
     stream = stack.build_client().responses.create(

@@ -286,6 +286,9 @@ def test_each_stream_fault_is_what_it_says(sandbox):
     relayed, result = read_stream(sandbox, "error_in_stream")
     assert result.error.status == 500
     assert relayed.count(b"data: ") == 9
+    relayed, result = read_stream(sandbox, "bad_json_in_stream")
+    assert result.error.code == "upstream_invalid_response"
+    assert relayed.count(b"data: ") == 9
     _, result = read_stream(sandbox, "cut_stream")
     assert not result.is_complete
     assert tokenizer.count_output_tokens(result.emitted(), chat_template="llama3") == 8
@@ -295,6 +298,7 @@ def test_faults_are_all_known_here():
     tested = {
         *("http_400", "http_401", "http_429", "http_500", "http_503", "flat_error", "hang", "cut_stream"),
         *("error_in_200", "bad_json", "hang_in_stream", "error_in_stream", "no_done", "empty_first_chunk"),
+        "bad_json_in_stream",
         *("usage_with_finish", "no_usage", "zero_usage", "negative_usage", "nan_usage", "huge_usage"),
         "cached_over_input",
     }

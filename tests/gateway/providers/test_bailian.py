@@ -103,6 +103,15 @@ def test_error_in_the_stream():
     assert (result.error.status, result.error.code) == (400, "DataInspectionFailed")
 
 
+def test_a_line_that_is_no_json_object_fails_the_stream():
+    event = b'id:1\nevent:result\n:HTTP_STATUS/200\ndata:{"output":{"text":"a"}}\n\n'
+    chunks, result, is_done = read_stream("bailian", [event, b": ping\n\ndata:\n\n", b"data:[1]\n\n", event])
+    assert get_text(chunks) == "a"
+    assert is_done
+    assert (result.error.code, result.is_complete) == ("upstream_invalid_response", False)
+    assert result.error.message == "The provider's stream is broken: it has a line that is not a JSON object"
+
+
 def test_whole_answer():
     usage = {"input_tokens": 22, "output_tokens": 17, "prompt_tokens_details": {"cached_tokens": 8}}
     choice = {"finish_reason": "length", "message": {"role": "assistant", "content": "你好"}}

@@ -94,3 +94,11 @@ def test_errors_come_with_status_200():
         assert result.error.status == 429
         assert not result.is_complete
     assert parse_whole("qianfan_v1", {}).error.code == "upstream_invalid_response"
+
+
+def test_a_line_that_is_no_json_object_fails_the_stream():
+    text = [b": ping\n\n", FRAMES[0], b"data: <html>\n\n", FRAMES[1]]
+    chunks, result, is_done = read_stream("qianfan_v1", text)
+    assert get_text(chunks) == "…"
+    assert is_done
+    assert (result.error.code, result.is_complete) == ("upstream_invalid_response", False)
