@@ -202,8 +202,6 @@ def _add_message(messages: list[dict[str, Any]], turn: Turn) -> None:
     role = "assistant" if turn.role == "assistant" else "user"
     content: list[dict[str, Any]] = []
     if turn.role == "tool":
-        if not turn.tool_call_id:
-            raise UnsupportedCallError("a message of a tool needs a tool_call_id")
         content.append({"toolResult": {"toolUseId": turn.tool_call_id, "content": [{"text": turn.text}]}})
     elif turn.text or not turn.tool_calls:
         content.append({"text": turn.text})
@@ -223,6 +221,8 @@ def _build_tool_config(options: dict[str, Any]) -> dict[str, Any]:
         specs.append({"toolSpec": {"name": tool.name, **described, "inputSchema": {"json": tool.parameters}}})
     config: dict[str, Any] = {"tools": specs}
     if "tool_choice" in options:
+        if options["tool_choice"] == "none":
+            raise UnsupportedCallError("bedrock upstreams do not support tool_choice 'none' beside tools")
         choice = read_tool_choice(options["tool_choice"])
         config["toolChoice"] = {"any": {}} if choice.name is None else {"tool": {"name": choice.name}}
     return config

@@ -41,6 +41,7 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
 }
+_NEUTRAL_WITH_TOOLS = {**_NEUTRAL_VALUES, "tool_choice": ("auto",), "parallel_tool_calls": (True,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,10 @@ def read_chat(call: CallRequest, *, kind: str, supported: Collection[str]) -> Ch
     """
     if call.endpoint != "chat.completions":
         raise UnsupportedCallError(f"{kind} upstreams do not serve {call.endpoint}")
+    neutral = _NEUTRAL_WITH_TOOLS if "tools" in supported and call.json.get("tools") else _NEUTRAL_VALUES
     options = {}
     for name, value in call.json.items():
-        if name in _NEUTRAL_MEMBERS or value is None or value in _NEUTRAL_VALUES.get(name, ()):
+        if name in _NEUTRAL_MEMBERS or value is None or value in neutral.get(name, ()):
             continue
         if name not in supported:
             raise UnsupportedCallError(f"{kind} upstreams do not support {name!r}")
@@ -82,23 +84,16 @@ def read_chat(call: CallRequest, *, kind: str, supported: Collection[str]) -> Ch
         raise UnsupportedCallError(f"{kind} upstreams take messages of plain text: {error}") from error
     if "tools" not in supported and any(turn.tool_calls for turn in turns):
         raise UnsupportedCallError(f"{kind} upstreams do not support tool calls")
-    if "tools" in options:
-        # They are neutral only where there are no tools.
-        for name, value in (("tool_choice", "none"), ("parallel_tool_calls", False)):
-            if call.json.get(name) == value:
-                raise UnsupportedCallError(f"{kind} upstreams do not support {name!r} as it is here")
     limits = [limit for name in ("max_tokens", "max_completion_tokens") if type(limit := call.json.get(name)) is int]
     return Chat(turns, min(limits) if limits else None, options)
 
 
 def _read_turn(message: dict[str, Any]) -> Turn:
     answered = message.get("tool_call_id")
-    return Turn(
-        message["role"],
-        read_content(message),
-        tool_calls=read_tool_calls(message),
-        tool_call_id=answered if isinstance(answered, str) else "",
-    )
+    tool_call_id = answered if isinstance(answered, str) else ""
+    if message["role"] == "tool" and not tool_call_id:
+        raise UnsupportedCallError("a message of a tool needs a tool_call_id")
+    return Turn(message["role"], read_content(message), read_tool_calls(message), tool_call_id)
 
 
 def get_model_name(call: CallRequest | None) -> str:

@@ -108,6 +108,35 @@ def test_what_a_cloud_cannot_express_is_refused(stack: Stack, cloud: ReplayingCl
 
 
 @pytest.mark.parametrize("streamed", [True, False])
+def test_tools_over_bailian(stack: Stack, cloud: ReplayingCloud, streamed: bool) -> None:
+    sample = load_sample("dashscope_native_tools")
+    kind, base_path, path = BAILIAN
+    client = use(stack, cloud, kind, base_path)
+    arguments = {"model": MODEL, "messages": sample["asked"], "tools": sample["tools"]}
+    if streamed:
+        cloud.replies[path] = ("text/event-stream;charset=UTF-8", "".join(sample["sse"]).encode())
+        with client.chat.completions.stream(**arguments) as events:
+            answer = events.get_final_completion()
+        said = [("call_29a870e7106f45deb8add3", "浙江省杭州市"), ("call_026e44bb31a74266949a20", "上海市")]
+    else:
+        cloud.replies[path] = ("application/json", json.dumps(sample["body"]).encode())
+        answer = client.chat.completions.create(**arguments, tool_choice=sample["choice"])
+        said = [("call_cec4c19d27624537b583af", "浙江省杭州市")]
+    sent = json.loads(cloud.requests[0][2])
+    assert sent["input"] == {"messages": sample["asked"]}
+    assert sent["parameters"] == {
+        "result_format": "message",
+        "tools": sample["tools"],
+        "parallel_tool_calls": True,
+        **({"incremental_output": True} if streamed else {"tool_choice": sample["choice"]}),
+    }
+    calls = answer.choices[0].message.tool_calls
+    assert {call.function.name for call in calls} == {"get_current_weather"}
+    assert [(call.id, json.loads(call.function.arguments)["location"]) for call in calls] == said
+    assert read_counts(stack) == ("provider_final", *((250, 37) if streamed else (211, 8)))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
 def test_tools_over_bedrock(stack: Stack, cloud: ReplayingCloud, streamed: bool) -> None:
     sample = load_sample("bedrock_converse_tools")
     kind, base_path, path = BEDROCK

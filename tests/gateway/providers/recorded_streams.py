@@ -144,6 +144,14 @@ def list_bailian_steps() -> Iterator[Step]:
     yield Step(last, "provider_final", 85, 51)
 
 
+def list_bailian_tool_steps() -> Iterator[Step]:
+    """Two tool calls at once, each in two pieces."""
+    *running, last = (event.encode() for event in load_sample("dashscope_native_tools")["sse"])
+    for data, output_tokens in zip(running, (16, 22, 34), strict=True):
+        yield Step(data, "provider_partial", 250, output_tokens)
+    yield Step(last, "provider_final", 250, 37)
+
+
 def list_qianfan_steps() -> Iterator[Step]:
     """Total minus input, on each event."""
     totals = (18, 63, 105, 128, 145, 163, 203, 231, 250, 294, 319, 319)
@@ -199,6 +207,7 @@ RECORDINGS = {
     "llama_server": record(list_llama_server_steps(), members={"n": 2}),
     "azure_ai": record(list_azure_steps(), base_path="/models"),
     "bailian": record(list_bailian_steps()),
+    "bailian, tools": record(list_bailian_tool_steps()),
     "qianfan_v1": record(list_qianfan_steps()),
     "bedrock": record(list_bedrock_steps(), content_type=_AWS, base_path=""),
     "bedrock, tools": record(list_bedrock_tool_steps(), content_type=_AWS, base_path=""),

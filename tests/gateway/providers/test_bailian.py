@@ -40,11 +40,9 @@ def test_streamed_request():
     [
         {"n": 2},
         {"logprobs": True},
-        {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
         {"guided_json": {}},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
         {"messages": []},
     ],
 )
