@@ -38,6 +38,7 @@ UPSTREAM_KINDS = (
     "qianfan_v1",
     "sagemaker",
     "sandbox",
+    "tione",
     "vllm",
 )
 

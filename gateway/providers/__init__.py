@@ -11,6 +11,7 @@ from gateway.providers.openai_compatible import OpenAICompatible
 from gateway.providers.qianfan_v1 import QianfanV1
 from gateway.providers.sagemaker import SageMaker
 from gateway.providers.sandbox import Sandbox
+from gateway.providers.tione import TiOne
 from gateway.providers.vllm import Vllm
 
 _KINDS: tuple[Provider, ...] = (
@@ -23,6 +24,7 @@ _KINDS: tuple[Provider, ...] = (
     Bedrock(),
     QianfanV1(),
     SageMaker(),
+    TiOne(),
 )
 _PROVIDERS = {provider.kind: provider for provider in _KINDS}
 

@@ -205,6 +205,7 @@ RECORDINGS = {
     "vllm": record(list_vllm_steps()),
     "sandbox": record(list_vllm_steps()),
     "llama_server": record(list_llama_server_steps(), members={"n": 2}),
+    "tione": record(list_openai_steps(), base_path="/ms-84cnfq44/v1"),
     "azure_ai": record(list_azure_steps(), base_path="/models"),
     "bailian": record(list_bailian_steps()),
     "bailian, tools": record(list_bailian_tool_steps()),
