@@ -22,6 +22,7 @@ INSERT_ONLY_TABLES = (
     "billing_book",
     "billing_auditrecord",
     "billing_issueddocument",
+    "billing_creditpurchase",
     *METERING_INSERT_ONLY_TABLES,
 )
 

@@ -7,7 +7,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from gateway.calls import Call, build_hold, get_month
+from gateway.calls import Call, build_hold, get_month, get_prepaid_month
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.errors import (
     RATE_LIMIT,
@@ -78,7 +78,7 @@ class Admission:
             raise GatewayError(400, "call_too_expensive", "The most that this call can cost is too large.")
         await self._reserve(call)
         hold = build_hold(call, upstream, self._event_log.producer)
-        more = _list_money_limits(caller, call.model.served_model_id)
+        more = _list_money_limits(call)
         head = _build_admit_head(caller, get_month(call.occurred_at_us), 5 + len(more))
         command = head + pack_arguments(
             call.call_id, hold, self._lease_ms, call.estimate_nano, call.estimate_tokens, *more
@@ -187,14 +187,21 @@ def _build_admit_head(caller: Caller, month: str, more: int) -> bytes:
     )
 
 
-def _list_money_limits(caller: Caller, served_model_id: int) -> tuple[int | str, ...]:
-    """Return the last arguments of `admit.lua`: none for most tenants."""
+def _list_money_limits(call: Call) -> tuple[int | str, ...]:
+    """Return the last arguments of `admit.lua`: none for most tenants.
+
+    The month that is running counts, whatever billing says: a month may be closed before it ends in the tenant's zone.
+    """
+    caller, served_model_id = call.caller, call.model.served_model_id
     model_budget = caller.model_budgets.get(served_model_id)
     balance = caller.balance
     if model_budget is None and balance is None:
         return ()
     model = (served_model_id, "" if model_budget is None else model_budget)
-    return model if balance is None else (*model, balance.since_month, balance.balance_nano, balance.used_nano)
+    if balance is None:
+        return model
+    since = min(balance.since_month, get_prepaid_month(caller.tenant, call.occurred_at_us) or balance.since_month)
+    return (*model, since, balance.balance_nano, balance.used_nano)
 
 
 def build_rate_limit_headers(caller: Caller, used: list[int]) -> Headers:

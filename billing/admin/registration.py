@@ -14,6 +14,7 @@ from billing.admin import (  # noqa: F401
     invoices,
     ledger,
     payables,
+    prepaid,
     pricing,
     staff_groups,
     tenants,

@@ -2,7 +2,7 @@
 
 | group | may |
 |---|---|
-| Finance | see everything; finalize and void invoices, pay, close, correct usage, accept losses; edit terms, prices |
+| Finance | see everything; finalize and void invoices, pay, sell credits, close, correct usage; edit terms and prices |
 | Operator | see everything but the audit trail; edit tenants, keys, sources and the catalog; decide on held events |
 | Auditor (read-only) | see everything, change nothing |
 """
@@ -16,12 +16,15 @@ from django.contrib.auth.models import Group, Permission
 from django.db.models.signals import post_migrate
 
 _EDIT = ("add", "change")
+_SET = (*_EDIT, "delete")
 _FINANCE_TABLES = {
     "invoice": ("change",),
     "payable": ("change",),
     "settlementperiod": ("change",),
     "usagecorrection": ("add",),
     "acceptedloss": ("add",),
+    "creditpurchase": ("add",),
+    "modelbudget": _SET,
     **dict.fromkeys(
         (
             "agreement",
@@ -46,6 +49,7 @@ _OPERATOR_TABLES = {
         _EDIT,
     ),
     **dict.fromkeys(("deadletter", "quarantinedevent"), ("change",)),
+    "modelbudget": _SET,
 }
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Finance": _FINANCE_TABLES,

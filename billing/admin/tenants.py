@@ -9,6 +9,7 @@ from django.contrib import admin
 from django.db.models import Count, Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.utils.safestring import SafeString
+from unfold.admin import TabularInline
 from unfold.decorators import action, display
 from unfold.widgets import UnfoldAdminSelectWidget, UnfoldAdminTextareaWidget, UnfoldAdminTextInputWidget
 
@@ -16,10 +17,10 @@ from billing.admin.api_keys import ApiKeyInline, run_issue_key
 from billing.admin.catalog import ListedInline
 from billing.admin.configuration import ConfigurationAdmin
 from billing.admin.formats import format_bps, format_minor, render_number
-from billing.admin.limits import LIMIT_FIELDS, LimitsForm
+from billing.admin.limits import LIMIT_FIELDS, LimitsForm, ModelBudgetForm
 from billing.admin.operations import Operation, get_target, require_permission, run_operation
-from billing.models import Contract, Invoice, Party, PriceBook, Tenant
-from billing.models.parties import PREPAID_BUDGET_MISSING
+from billing.admin.prepaid import CreditPurchaseInline, describe_credits, run_record_purchase
+from billing.models import Contract, Invoice, ModelBudget, Party, PriceBook, Tenant
 from billing.selectors.usage import has_usage
 from billing.services.tenants import create_tenant
 
@@ -45,11 +46,6 @@ class TenantForm(LimitsForm):
         super().__init__(*args, **kwargs)
         for name in PARTY_FIELDS:
             self.initial[f"party_{name}"] = getattr(self.instance.party, name)
-
-    def clean(self) -> None:
-        """Refuse what the table's constraint would, which is not asked for the field that this form replaces."""
-        if self.cleaned_data.get("is_prepaid") and self.cleaned_data.get("monthly_budget") is None:
-            self.add_error("monthly_budget", PREPAID_BUDGET_MISSING)
 
 
 class NewTenantForm(forms.Form):
@@ -80,6 +76,18 @@ class ContractInline(ListedInline):
     fields = ("price_book", "effective_from", "effective_to")
 
 
+class ModelBudgetInline(TabularInline):
+    """What the tenant may spend on single models, beside its own budget."""
+
+    model = ModelBudget
+    form = ModelBudgetForm
+    fields = ("served_model", "monthly_budget")
+    autocomplete_fields = ("served_model",)
+    extra = 0
+    show_title = False
+    verbose_name_plural = "budgets of single models"
+
+
 class InvoiceInline(ListedInline):
     """What a tenant was invoiced."""
 
@@ -104,8 +112,9 @@ class TenantAdmin(ConfigurationAdmin):
     list_select_related = ("party",)
     search_fields = ("party__slug", "party__name", "party__email")
     ordering = ("party__slug",)
-    inlines = (ContractInline, ApiKeyInline, InvoiceInline)
-    actions_detail = ("issue_key_page",)
+    inlines = (ContractInline, ModelBudgetInline, ApiKeyInline, CreditPurchaseInline, InvoiceInline)
+    actions_detail = ("issue_key_page", "record_purchase_page")
+    readonly_fields = ("credits",)
     fieldsets = (
         (
             None,
@@ -121,7 +130,7 @@ class TenantAdmin(ConfigurationAdmin):
                 )
             },
         ),
-        ("Limits: empty means none", {"fields": LIMIT_FIELDS}),
+        ("Limits: empty means none; a prepaid tenant spends its credits", {"fields": (*LIMIT_FIELDS, "credits")}),
     )
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Tenant]:
@@ -129,7 +138,7 @@ class TenantAdmin(ConfigurationAdmin):
         return super().get_queryset(request).annotate(live_keys_count=Count("api_keys", filter=live))
 
     def list_used_fields(self, obj: Tenant) -> tuple[str, ...]:
-        is_used = obj.contracts.exists() or has_usage(tenant_ids=[obj.pk])
+        is_used = obj.contracts.exists() or obj.credit_purchases.exists() or has_usage(tenant_ids=[obj.pk])
         return ("currency", "timezone") if is_used else ()
 
     def add_view(self, request: HttpRequest, form_url: str = "", extra_context: Any = None) -> HttpResponse:
@@ -177,6 +186,23 @@ class TenantAdmin(ConfigurationAdmin):
         if not tenant.is_active:
             return "off"
         return "prepaid" if tenant.is_prepaid else "active"
+
+    @display(description="credits")
+    def credits(self, tenant: Tenant) -> str:
+        return describe_credits(tenant)
+
+    def has_record_purchase_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return request.user.has_perm("billing.add_creditpurchase")
+
+    @action(
+        description="Record credit purchase…",
+        icon="add_card",
+        url_path="credit-purchase",
+        permissions=["record_purchase"],
+    )
+    def record_purchase_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """Record that the tenant has paid for credits."""
+        return run_record_purchase(self, request, get_target(self, request, object_id))
 
     def has_issue_key_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return request.user.has_perm("billing.add_apikey")

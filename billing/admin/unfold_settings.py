@@ -45,9 +45,10 @@ TASKS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
             _list("Tenants", "tenant"),
             _list("API keys", "apikey"),
             _list("Contracts", "contract"),
+            _list("Credit purchases", "creditpurchase"),
             _list("Parties", "party"),
         ],
-        ["billing.tenant", "billing.apikey", "billing.contract", "billing.party"],
+        ["billing.tenant", "billing.apikey", "billing.contract", "billing.creditpurchase", "billing.party"],
     ),
     "Usage": (
         "monitoring",

@@ -198,8 +198,6 @@ def _check_tenants(catalog: CatalogFile, known: KnownRecords) -> Iterable[Proble
             yield Problem(where, f'timezone {row.timezone!r} is unknown; use an IANA name such as "Asia/Shanghai"')
         if row.tax_rate_bps and not row.tax_name:
             yield Problem(where, 'tax_name is missing; the invoice must name the tax, e.g. "VAT"')
-        if row.is_prepaid and row.monthly_budget is None:
-            yield Problem(where, "monthly_budget is missing; a prepaid tenant spends what it has paid for that month")
         for contract in row.contracts:
             yield from _check_contract(where, row, book=contract.price_book, books=books)
 

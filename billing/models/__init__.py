@@ -10,6 +10,7 @@ from billing.models.invoices import Invoice, InvoiceLine, InvoiceSeries
 from billing.models.ledger import Book, JournalEntry, JournalKey, LedgerAccount, Posting
 from billing.models.parties import ApiKey, Party, Provider, Tenant
 from billing.models.payables import Payable, Statement, StatementLine
+from billing.models.prepaid import CreditPurchase, ModelBudget
 from billing.models.pricing import Contract, ExchangeRate, PriceBook, Rate, RateCard
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Book",
     "CloseStep",
     "Contract",
+    "CreditPurchase",
     "ExchangeRate",
     "Invoice",
     "InvoiceLine",
@@ -30,6 +32,7 @@ __all__ = [
     "JournalKey",
     "LanguageModel",
     "LedgerAccount",
+    "ModelBudget",
     "Party",
     "Payable",
     "Posting",

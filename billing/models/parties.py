@@ -21,9 +21,6 @@ def validate_timezone(value: str) -> None:
         raise ValidationError(f"unknown time zone {value!r}: use an IANA name such as Asia/Shanghai")
 
 
-PREPAID_BUDGET_MISSING = "a prepaid tenant needs a monthly budget: what it has paid for that month"
-
-
 class LimitedTable(models.Model):
     """Ceilings of a scope; empty means none. The budget is nano-currency per calendar month, UTC."""
 
@@ -73,7 +70,11 @@ class Party(models.Model):
 
 
 class Tenant(LimitedTable):
-    """Who calls the gateway and is invoiced. Currency and zone are fixed once it has been invoiced."""
+    """Who calls the gateway and is invoiced. Currency and zone are fixed once it has been invoiced.
+
+    A prepaid one spends the credits it has bought, or where it has none its monthly budget, or else nothing: gateways
+    refuse a call that neither covers.
+    """
 
     party = models.OneToOneField(Party, models.PROTECT, related_name="tenant")
     currency = models.CharField(max_length=3, validators=[CURRENCY])
@@ -87,15 +88,6 @@ class Tenant(LimitedTable):
 
     class Meta(LimitedTable.Meta):
         ordering = ("party__slug",)
-        constraints = (
-            *LimitedTable.Meta.constraints,
-            # Without one it could spend what it has not paid.
-            models.CheckConstraint(
-                condition=models.Q(is_prepaid=False) | models.Q(monthly_budget_nano__isnull=False),
-                name="tenant_prepaid_has_budget",
-                violation_error_message=PREPAID_BUDGET_MISSING,
-            ),
-        )
 
     def __str__(self) -> str:
         return self.party.slug

@@ -23,6 +23,7 @@ GUARDS = (
     ("book", "refuse_change"),
     ("contract", "guard_change"),
     ("contract", "refuse_truncate"),
+    ("creditpurchase", "refuse_change"),
     ("exchangerate", "refuse_change"),
     ("invoice", "guard_change"),
     ("invoice", "refuse_truncate"),

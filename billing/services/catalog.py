@@ -22,6 +22,8 @@ from django.utils import timezone
 
 from billing.core.catalog_file import EXACT_INTEGER_MAX, NANO
 from billing.core.errors import BillingError
+from billing.core.money import EXACT
+from billing.core.prepaid import PrepaidState
 from billing.core.rate_cards import PARENT_KINDS
 from billing.integrations.redis import SnapshotNotDeliveredError, deliver_snapshot, get_delivered_version
 from billing.models import ApiKey, PriceBook, RateCard, ServedModel, Tenant, Upstream
@@ -31,6 +33,8 @@ from billing.selectors.catalog import (
     list_effective_contracts,
     list_effective_rate_cards,
 )
+from billing.selectors.prepaid import get_prepaid_states
+from gateway.contract import catalog_snapshot
 from gateway.contract.catalog_snapshot import (
     ApiKeyRecord,
     CatalogSnapshot,
@@ -50,6 +54,7 @@ logger = logging.getLogger(__name__)
 # Keys of PostgreSQL's advisory locks: any numbers that nobody else uses.
 PUBLISH_LOCK = 0x7011_0001
 DELIVER_LOCK = 0x7011_0002
+MS_PER_DAY = 86_400_000
 
 
 class PriceNotExactError(BillingError):
@@ -58,16 +63,19 @@ class PriceNotExactError(BillingError):
     code = "price_not_exact"
 
 
-def publish_catalog() -> int:
+def publish_catalog(*, takes_use: bool = False) -> int:
     """Store the catalog as a new version if it differs from the last, deliver it at commit; return the version.
 
-    Must run in the transaction of the change that it publishes (it opens one where there is none).
+    What prepaid tenants are known to have used is no difference by itself, unless `takes_use` or on a new day. Must run
+    in the transaction of the change that it publishes (it opens one where there is none).
     """
     with transaction.atomic():
         _lock(PUBLISH_LOCK)
         last = get_stored_snapshot()
         version = last.version if last else 0
         snapshot = build_catalog_snapshot(version=version + 1, published_at_ms=int(timezone.now().timestamp() * 1000))
+        if last is not None and not takes_use:
+            snapshot = _keep_use_of_the_day(snapshot, last)
         if last is None or not _is_same_content(last, snapshot):
             store_catalog_snapshot(snapshot)
             version = snapshot.version
@@ -89,7 +97,8 @@ def republish_catalog() -> int:
     Raises SnapshotNotDeliveredError while the server is down.
     """
     with transaction.atomic():
-        version = publish_catalog()
+        # A server without a catalog has lost its sums, too: gateways go on from what is known here.
+        version = publish_catalog(takes_use=_has_lost_catalog())
     deliver_latest_snapshot()
     return version
 
@@ -102,6 +111,8 @@ def build_catalog_snapshot(*, version: int, published_at_ms: int) -> CatalogSnap
     today = dt.datetime.fromtimestamp(published_at_ms / 1000, dt.UTC).date()
     price_books = {contract.tenant_id: contract.price_book_id for contract in list_effective_contracts(today)}
     cards = list_effective_rate_cards(today, side=PriceBook.Side.TENANT)
+    states = get_prepaid_states()
+    tenants = Tenant.objects.select_related("party").prefetch_related("model_budgets").order_by("id")
     return CatalogSnapshot(
         version=version,
         published_at_ms=published_at_ms,
@@ -116,8 +127,10 @@ def build_catalog_snapshot(*, version: int, published_at_ms: int) -> CatalogSnap
                 is_active=tenant.is_active,
                 is_prepaid=tenant.is_prepaid,
                 limits=_build_limits(tenant),
+                model_budgets=_build_model_budgets(tenant),
+                prepaid=_build_prepaid(states[tenant.pk]) if tenant.pk in states else None,
             )
-            for tenant in Tenant.objects.select_related("party").order_by("id")
+            for tenant in tenants
         ),
         api_keys=tuple(map(_build_api_key_record, ApiKey.objects.order_by("id"))),
         served_models=tuple(map(_build_served_model_record, _list_served_models())),
@@ -157,6 +170,14 @@ def _lock(key: int) -> None:
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", [key])
 
 
+def _has_lost_catalog() -> bool:
+    """Tell whether the server is there and has no catalog."""
+    try:
+        return get_delivered_version() == 0
+    except SnapshotNotDeliveredError:
+        return False
+
+
 def _deliver_or_leave_to_beat() -> None:
     try:
         deliver_latest_snapshot()
@@ -166,6 +187,44 @@ def _deliver_or_leave_to_beat() -> None:
 
 def _is_same_content(one: CatalogSnapshot, other: CatalogSnapshot) -> bool:
     return one == msgspec.structs.replace(other, version=one.version, published_at_ms=one.published_at_ms)
+
+
+def _keep_use_of_the_day(snapshot: CatalogSnapshot, last: CatalogSnapshot) -> CatalogSnapshot:
+    """Leave `used_nano` as it was published earlier the same UTC day: every version is kept for ever."""
+    if snapshot.published_at_ms // MS_PER_DAY != last.published_at_ms // MS_PER_DAY:
+        return snapshot
+    earlier = {tenant.tenant_id: tenant.prepaid for tenant in last.tenants}
+
+    def keep(tenant: TenantRecord) -> TenantRecord:
+        before, now = earlier.get(tenant.tenant_id), tenant.prepaid
+        if before is None or now is None or before.since_month != now.since_month:
+            return tenant
+        kept = msgspec.structs.replace(now, used_nano=before.used_nano)
+        return msgspec.structs.replace(tenant, prepaid=kept)
+
+    return msgspec.structs.replace(snapshot, tenants=tuple(map(keep, snapshot.tenants)))
+
+
+def _build_model_budgets(tenant: Tenant) -> tuple[catalog_snapshot.ModelBudget, ...]:
+    return tuple(
+        catalog_snapshot.ModelBudget(
+            served_model_id=budget.served_model_id, monthly_budget_nano=budget.monthly_budget_nano
+        )
+        for budget in sorted(tenant.model_budgets.all(), key=lambda budget: budget.served_model_id)
+    )
+
+
+def _build_prepaid(state: PrepaidState) -> catalog_snapshot.PrepaidBalance:
+    return catalog_snapshot.PrepaidBalance(
+        since_month=f"{state.since.year:04}{state.since.month:02}",
+        balance_nano=_compute_nano(state.balance),
+        used_nano=_compute_nano(state.used),
+    )
+
+
+def _compute_nano(amount: Decimal) -> int:
+    """Return an amount of 9 decimals in nano-currency, within what gateways count: nothing is below nothing."""
+    return min(max(0, int(EXACT.scaleb(amount, 9))), EXACT_INTEGER_MAX)
 
 
 def _build_limits(row: LimitedTable) -> Limits:

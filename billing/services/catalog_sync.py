@@ -287,7 +287,7 @@ class CatalogSync:
         budget = None if row.monthly_budget is None else int(row.monthly_budget * NANO)
 
         def guard(stored: Tenant, differences: Differences) -> str:
-            is_used = stored.contracts.exists() or has_usage(tenant_ids=[stored.pk])
+            is_used = stored.contracts.exists() or stored.credit_purchases.exists() or has_usage(tenant_ids=[stored.pk])
             if differences.keys() & {"currency", "timezone"} and is_used:
                 return "its usage is counted by days of its zone and billed in its currency; add another tenant"
             return ""

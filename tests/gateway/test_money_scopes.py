@@ -234,6 +234,19 @@ def test_a_balance_is_spent_by_its_tenant_alone_and_reported(stack: Stack) -> No
     assert read_holds(stack.redis) == NO_HOLDS
 
 
+def test_the_running_month_counts_also_where_billing_has_closed_it(stack: Stack) -> None:
+    balance = PrepaidBalance(since_month="209912", balance_nano=10**10)
+    api_key = stack.catalog.add_tenant(2, is_prepaid=True, prepaid=balance, timezone="Asia/Shanghai")
+    stack.publish()
+    call(stack.build_client(api_key))
+    key = build_partition_keys(2).get_prepaid_key(2)
+    ((month, cost),) = stack.redis.hgetall(key).items()
+    assert int(cost) == CALL_NANO
+    stack.redis.hset(key, month, 10**10 - 1)
+    with pytest.raises(openai.RateLimitError, match="prepaid balance"):
+        call(stack.build_client(api_key))
+
+
 def test_a_prepaid_tenant_with_a_budget_and_no_credits_has_the_budget(stack: Stack) -> None:
     api_key = stack.catalog.add_tenant(2, is_prepaid=True, limits=Limits(monthly_budget_nano=10**10))
     stack.publish()

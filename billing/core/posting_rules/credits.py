@@ -45,8 +45,10 @@ def build_refund_paid(*, dates: EntryDates, tenant_id: int, amount: Money, refer
     return build_joint_entries("refund_paid", legs, dates=dates, description=f"refund {reference}", tenant_id=tenant_id)
 
 
-def build_credit_purchase(*, dates: EntryDates, tenant_id: int, amount: Money, fee: Money, reference: str) -> Drafts:
-    """J05. The tenant buys prepaid credits through Stripe.
+def build_credit_purchase(
+    *, dates: EntryDates, tenant_id: int, amount: Money, fee: Money, reference: str, received_in: str = "1051"
+) -> Drafts:
+    """J05. The tenant buys prepaid credits through Stripe; `received_in` is 1010 where the money came to our bank.
 
     | book | account | debit | credit | currency |
     |---|---|---:|---:|---|
@@ -57,7 +59,7 @@ def build_credit_purchase(*, dates: EntryDates, tenant_id: int, amount: Money, f
     | corporate | 1800 Due from tenant books | | 10,000.00 | USD |
     """
     legs = [
-        PostingDraft("1051", amount.currency, to_decimal(amount - fee), tenant_id),
+        PostingDraft(received_in, amount.currency, to_decimal(amount - fee), tenant_id),
         PostingDraft("5020", amount.currency, to_decimal(fee), tenant_id),
         PostingDraft("2200", amount.currency, -to_decimal(amount), tenant_id),
     ]

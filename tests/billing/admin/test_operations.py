@@ -126,23 +126,6 @@ def test_the_database_refuses_such_a_limit_however_it_comes(house, field):
             table.objects.update(**{field: 2**53})
 
 
-def test_a_prepaid_tenant_without_a_budget_is_refused_however_it_comes(house, operator):
-    tenant = Tenant.objects.get(party__slug="acme")
-    url = url_of(Tenant, "change", tenant.pk)
-    page = operator.get(url).context
-    form, inlines = page["adminform"].form, page["inline_admin_formsets"]
-    values = {name: value for name in form.fields if (value := form[name].value()) is not None} | {"is_prepaid": "on"}
-    values |= {f"{inline.formset.prefix}-{name}_FORMS": 0 for inline in inlines for name in ("TOTAL", "INITIAL")}
-    refused = operator.post(url, values)
-    assert "a prepaid tenant needs a monthly budget" in str(refused.context["adminform"].form.errors)
-    with pytest.raises(IntegrityError, match="tenant_prepaid_has_budget"), transaction.atomic():
-        Tenant.objects.update(is_prepaid=True)
-    accepted = operator.post(url, values | {"monthly_budget": "100"})
-    assert accepted.status_code == 302, accepted.context["errors"]
-    tenant.refresh_from_db()
-    assert (tenant.is_prepaid, tenant.monthly_budget_nano) == (True, 100 * 10**9)
-
-
 def test_tenant_is_created_with_a_contract(house, operator):
     values = {"slug": "initech", "name": "Initech", "currency": "USD", "timezone": "UTC", "price_book": "usd-list"}
     response = operator.post(url_of(Tenant, "add"), values)
@@ -182,7 +165,8 @@ def test_tenant_page_edits_the_party_too(house, finance):
         "monthly_budget": "",
         "currency": "EUR",  # fixed once there is usage: ignored
     }
-    response = finance.post(url_of(Tenant, "change", tenant.pk), values | formsets("contracts", "api_keys", "invoices"))
+    rows = formsets("contracts", "model_budgets", "api_keys", "credit_purchases", "invoices")
+    response = finance.post(url_of(Tenant, "change", tenant.pk), values | rows)
     assert response.status_code == 302, response.context["adminform"].form.errors
     tenant = house.tenant("acme")
     assert (tenant.party.name, tenant.party.tax_id) == ("Acme Robotics", "12-345")

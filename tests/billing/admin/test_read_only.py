@@ -1,5 +1,8 @@
 """Nobody writes the ledger, documents or records by hand: not superusers, and not by a hand-made POST."""
 
+from datetime import date
+from decimal import Decimal
+
 import pytest
 from django.contrib import admin
 from django.urls import reverse
@@ -7,6 +10,7 @@ from django.urls import reverse
 from billing.admin.read_only import ReadOnlyAdmin
 from billing.models import (
     AuditRecord,
+    CreditPurchase,
     Invoice,
     JournalEntry,
     LedgerAccount,
@@ -15,8 +19,9 @@ from billing.models import (
     SettlementPeriod,
     Statement,
 )
+from billing.services.prepaid import record_credit_purchase
 
-TABLES = (AuditRecord, Invoice, JournalEntry, LedgerAccount, Payable, SettlementPeriod, Statement)
+TABLES = (AuditRecord, CreditPurchase, Invoice, JournalEntry, LedgerAccount, Payable, SettlementPeriod, Statement)
 ADMINS = admin.site._registry
 
 
@@ -32,6 +37,9 @@ def test_list_of_read_only_tables_is_complete():
 
 @pytest.mark.parametrize("table", TABLES)
 def test_superuser_cannot_write(house, root, table):
+    record_credit_purchase(
+        "acme", amount=Decimal(1), reference="wire 1", purchased_on=date(2026, 11, 20), actor_name="test"
+    )
     row = table.objects.first()
     before = list(table.objects.order_by("pk").values())
     values = {field.name: "" for field in table._meta.fields}

@@ -44,6 +44,7 @@ def test_auditor_may_view_all_of_the_house_and_change_nothing(db):
 def test_groups_may_write_what_is_theirs(db):
     assert list_writes("Finance") == sorted(
         ["add_acceptedloss", "add_usagecorrection", "change_invoice", "change_payable", "change_settlementperiod"]
+        + ["add_creditpurchase", "add_modelbudget", "change_modelbudget", "delete_modelbudget"]
         + [
             f"{verb}_{table}"
             for verb in ("add", "change")
@@ -68,6 +69,7 @@ def test_groups_may_write_what_is_theirs(db):
     ]
     assert list_writes("Operator") == sorted(
         ["change_deadletter", "change_quarantinedevent"]
+        + ["add_modelbudget", "change_modelbudget", "delete_modelbudget"]
         + [f"{verb}_{table}" for verb in ("add", "change") for table in tables]
     )
 

@@ -195,15 +195,6 @@ def test_days_lineage_and_magnitudes_are_checked():
     ]
 
 
-def test_a_prepaid_tenant_needs_a_monthly_budget():
-    document = b'[[tenants]]\nparty = "other"\ncurrency = "CNY"\nis_prepaid = true\n'
-    known = KnownRecords(timezones=frozenset({"UTC"}), parties=frozenset({"other"}))
-    assert [str(problem) for problem in check_catalog(read_catalog_file(document), known)] == [
-        "tenants 'other': monthly_budget is missing; a prepaid tenant spends what it has paid for that month"
-    ]
-    assert list(check_catalog(read_catalog_file(document + b'monthly_budget = "100"\n'), known)) == []
-
-
 def build_point(book: str, prices: tuple[str, str], *, currency: str = "USD", side: str = "PROVIDER") -> PricePoint:
     return PricePoint(
         book=book,

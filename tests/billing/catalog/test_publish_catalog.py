@@ -51,7 +51,7 @@ def list_versions() -> list[int]:
 def test_content_of_the_demo(published):
     snapshot = read_snapshot(published)
 
-    assert (snapshot.schema_version, snapshot.version, snapshot.partition_count) == (1, 1, 8)
+    assert (snapshot.schema_version, snapshot.version, snapshot.partition_count) == (2, 1, 8)
     book = PriceBook.objects.get(slug="standard-usd")
     acme = Tenant.objects.get(party__slug="acme")
     assert snapshot.tenants[0] == catalog_snapshot.TenantRecord(
