@@ -297,6 +297,7 @@ class GatewayApp:
         asked = request.json
         if dialect is not None:
             request = translate_request(request, dialect)
+        request_id = exchange.headers.get(b"x-request-id", b"") if self._parts.settings.label_request_id else b""
         call = Call(
             call_id=exchange.call_id,
             occurred_at_us=exchange.occurred_at_us,
@@ -306,7 +307,7 @@ class GatewayApp:
             price=price,
             endpoint=endpoint,
             request=request,
-            labels=read_labels(request.json, client_request_id=exchange.headers.get(b"x-request-id", b"")),
+            labels=read_labels(request.json, client_request_id=request_id),
         )
 
         def run(outlet: Exchange) -> Coroutine[Any, Any, None]:

@@ -55,6 +55,7 @@ class Settings:
     answer_max_s: int = 3_600
     snapshot_age_max_s: int = 86_400
     audit_permille: int = 20
+    label_request_id: int = 0
     idempotency_ttl_s: int = 86_400
     idempotency_bytes_max: int = 1024 * 1024
 
@@ -92,6 +93,7 @@ _INTEGERS = (
     ("TOLLBOOK_GATEWAY_ANSWER_MAX_S", "answer_max_s", 1, 86_400),
     ("TOLLBOOK_GATEWAY_SNAPSHOT_AGE_MAX_S", "snapshot_age_max_s", 1, 31 * 86_400),
     ("TOLLBOOK_GATEWAY_AUDIT_PERMILLE", "audit_permille", 0, 1_000),
+    ("TOLLBOOK_GATEWAY_LABEL_REQUEST_ID", "label_request_id", 0, 1),
     ("TOLLBOOK_GATEWAY_IDEMPOTENCY_TTL_S", "idempotency_ttl_s", 1, 31 * 86_400),
     ("TOLLBOOK_GATEWAY_IDEMPOTENCY_BYTES_MAX", "idempotency_bytes_max", 0, 64 * 1024 * 1024),
 )

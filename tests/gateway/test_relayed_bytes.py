@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.fakes.gateway_stack import MODEL, read_events
+from tests.fakes.gateway_stack import MODEL, build_gateway, read_events
 from tests.fakes.metrics import read_metrics
 from tests.fakes.scripted_upstream import ScriptedUpstream, build_answer, build_chat_body
-from tests.gateway.conftest import Stack, serve_by
+from tests.gateway.conftest import Stack, serve_by, wait_for_version
 from tests.gateway.test_wire import exchange
 
 HI = '[ {"role":"user", "content":"H\\u0069 \\ud83e\\udd99 é"} ]'.encode()
@@ -156,11 +158,27 @@ def test_no_header_of_the_client_reaches_the_upstream_but_its_trace(stack: Stack
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: %b\r\n%bx-request-id: %b\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\n" % (address, trace, event.call_id.encode(), len(read_body(upstream.requests[0])))
     )
-    # The client's id is kept beside ours, and is no key.
     assert b"x-request-id: %b" % event.call_id.encode() in head.split(b"\r\n")
-    assert event.labels == {"x-request-id": "mine"}
-    send(stack, PLAIN, b"x-request-id: mine\r\n")
-    assert [event.labels for event in read_events(stack.redis)] == [{"x-request-id": "mine"}] * 2
+    # Proxies before the gateway add one to every call.
+    assert event.labels == {}
+
+
+def test_the_clients_request_id_is_a_label_where_the_operator_wants_it(
+    tmp_path: Path, gateway_redis_url: str, stack: Stack, upstream: ScriptedUpstream
+) -> None:
+    gateway = build_gateway(tmp_path, gateway_redis_url, GATEWAY_LABEL_REQUEST_ID="1")
+    gateway.start()
+    wait_for_version(gateway, stack.catalog.version)
+    try:
+        labelling = dataclasses.replace(stack, gateway=gateway)
+        for _ in range(2):
+            send(labelling, PLAIN[:-1] + b',"user":"u"}', b"x-request-id: mine\r\n")
+        send(labelling, PLAIN)
+    finally:
+        gateway.stop()
+    # It is no key: a second call with the same one is a call.
+    labels = [event.labels for event in read_events(stack.redis)]
+    assert labels == [{"x-request-id": "mine", "user": "u"}] * 2 + [{}]
 
 
 def test_requests_that_an_official_client_sent_again_are_counted(stack: Stack, upstream: ScriptedUpstream) -> None:
