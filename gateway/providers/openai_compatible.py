@@ -25,7 +25,7 @@ from gateway.providers.base import (
     UpstreamRequest,
 )
 from gateway.providers.openai_stream import OpenAIStreamMeter
-from gateway.providers.transcript import Transcript, parse_json
+from gateway.providers.transcript import Transcript, parse_json, repair_json
 from gateway.providers.upstream_errors import build_invalid_answer, classify_answer, classify_body
 from gateway.token_usage import get_choices_count, read_openai_usage
 
@@ -91,6 +91,7 @@ class OpenAICompatible:
             error=None,
             is_complete=True,
             emitted=functools.partial(_build_emitted, answer),
+            client_body=None if (repaired := repair_json(body)) is body else repaired,
         )
 
     def read_usage(

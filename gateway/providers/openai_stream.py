@@ -26,7 +26,7 @@ import msgspec
 
 from gateway.contract.token_kind import UsageSource
 from gateway.providers.base import CallRequest, CallResult, EmittedText, ReportedUsage, UpstreamFailure
-from gateway.providers.transcript import Transcript, parse_json
+from gateway.providers.transcript import Transcript, parse_json, repair_json
 from gateway.providers.upstream_errors import build_invalid_answer, classify_body
 from gateway.sse import FrameSplitter, FrameTooLargeError, build_frame, get_frame_data
 from gateway.token_usage import believe_usage, get_choices_count, mark_source, read_openai_usage
@@ -36,7 +36,7 @@ _skip_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def needs_parsing(data: bytes) -> bool:
-    """Return whether the data of one or more frames can carry usage, an error, a finish reason or the end.
+    """Return whether the data of one or more frames can carry usage, an error or a finish reason.
 
     Quotes inside JSON strings are escaped, so `"usage"` with bare quotes is a member name or a whole string.
     """
@@ -44,7 +44,6 @@ def needs_parsing(data: bytes) -> bool:
         not _is_always_null(data, b'"usage"')
         or not _is_always_null(data, b'"finish_reason"')
         or data.find(b'"error') >= 0
-        or data.find(b"[DONE]") >= 0
     )
 
 
@@ -278,6 +277,9 @@ class OpenAIStreamMeter:
         if failure is not None:
             self.fail(failure)
             return b""
+        repaired = repair_json(data)
+        if repaired is not data:
+            data, frame = repaired, build_frame(repaired)
         return self._take_chunk(frame, data, chunk)
 
     def _take_chunk(self, frame: bytes, data: bytes, chunk: dict[str, Any]) -> bytes:
@@ -302,7 +304,7 @@ class OpenAIStreamMeter:
         if self._asked_continuous or (self._asked_usage and has_finish and not self._is_continuous):
             return frame
         # OpenAI's contract: only the last chunk has usage, unless the client asked for it on each.
-        return build_frame(_drop_usage(data, chunk))
+        return build_frame(_drop_usage(data))
 
     def _take_usage(self, usage: Any, choices: list[dict[str, Any]], *, has_finish: bool) -> None:
         reported = read_openai_usage(
@@ -346,12 +348,14 @@ class OpenAIStreamMeter:
         self.is_done = True
 
 
-def _drop_usage(data: bytes, chunk: dict[str, Any]) -> bytes:
-    """Return a chunk without its `usage`; the other members keep their bytes, unless they are not quite JSON."""
+def _drop_usage(data: bytes) -> bytes:
+    """Return a chunk without its `usage`; the other members keep their bytes, unless half a character is among them."""
     try:
-        members = _decode_members(data)
+        members: dict[str, Any] = _decode_members(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return json.dumps({name: value for name, value in chunk.items() if name != "usage"}).encode()
+        members = json.loads(data)
+        del members["usage"]
+        return json.dumps(members).encode()
     members.pop("usage", None)
     return msgspec.json.encode(members)
 

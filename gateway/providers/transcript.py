@@ -216,6 +216,28 @@ class Transcript:
             self._text_since_mark = was_since_mark
 
 
+_skip_json = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def repair_json(data: bytes) -> bytes:
+    """Return JSON that `parse_json` has taken as every client takes it: null for `NaN` and infinite numbers.
+
+    >>> repair_json(b'{"logprob":-Infinity}'), repair_json(b'{"content":"NaN"}')
+    (b'{"logprob": null}', b'{"content":"NaN"}')
+    """
+    if data.find(b"NaN") < 0 and data.find(b"Infinity") < 0:
+        return data
+    try:
+        _skip_json(data)
+    except (msgspec.DecodeError, RecursionError):
+        return json.dumps(json.loads(data, parse_constant=_get_none)).encode()
+    return data
+
+
+def _get_none(_name: str) -> None:
+    """Stand for a number that JSON does not have."""
+
+
 def parse_json(data: bytes | None) -> Any:
     """Return the parsed JSON, or None where there is none or it is broken.
 

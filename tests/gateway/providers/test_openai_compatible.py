@@ -158,6 +158,17 @@ def test_whole_answer_without_believable_usage(usage):
     assert result.emitted().choices[0].content == "Hi"
 
 
+def test_numbers_that_json_does_not_have_are_null_to_the_client():
+    body = b'{"choices":[{"message":{"content":"NaN"},"x":%b}],"usage":{"prompt_tokens":3,"completion_tokens":1}}'
+    broken = PROVIDER.parse_response(body % b"-Infinity", {}, context_tokens_max=8192)
+    assert broken.client_body == (
+        b'{"choices": [{"message": {"content": "NaN"}, "x": null}],'
+        b' "usage": {"prompt_tokens": 3, "completion_tokens": 1}}'
+    )
+    assert broken.usage == ReportedUsage(3, 1)
+    assert PROVIDER.parse_response(body % b"1", {}, context_tokens_max=8192).client_body is None
+
+
 def test_zero_output_is_believed_only_without_text():
     usage = {"prompt_tokens": 5, "completion_tokens": 0}
     assert parse({"choices": [{"message": {"content": ""}}], "usage": usage}).usage == ReportedUsage(5, 0)

@@ -121,6 +121,7 @@ def test_cut_with_continuous_usage_bills_what_was_emitted(cut):
 def test_cut_without_usage_leaves_the_text_to_be_counted():
     _, result, _ = run(PLAIN[:3])
     assert result.usage is None
+    assert result.provider_request_id == "chatcmpl-x"
     assert result.emitted().choices[0].content == "Hello"
 
 
@@ -231,6 +232,13 @@ def test_one_usage_chunk_per_choice_is_summed_where_the_server_does_so():
     frames = [chunk("abc"), frame(parts[0]), chunk("def", index=1), frame(parts[1]), DONE]
     _, result, _ = run(frames, sums_final_usage=True)
     expected = sample["n2_stream_expect"]
+    assert result.usage == ReportedUsage(expected["prompt_tokens"], expected["completion_tokens"])
+    # The usage of one choice is not that of both.
+    _, result, _ = run(
+        [chunk("abc"), chunk("def", index=1), frame(parts[0]), DONE], sums_final_usage=True, body={"n": 2}
+    )
+    assert result.usage is None
+    _, result, _ = run([*frames[:-1], DONE], sums_final_usage=True, body={"n": 2})
     assert result.usage == ReportedUsage(expected["prompt_tokens"], expected["completion_tokens"])
 
 

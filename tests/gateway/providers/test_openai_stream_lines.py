@@ -63,6 +63,29 @@ def test_running_counts_on_a_line_that_is_no_json_fail_the_stream():
         assert result.error.code == "upstream_invalid_response"
 
 
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity"])
+def test_numbers_that_json_does_not_have_are_null_to_the_client(number):
+    """Python's client reads them, JavaScript's does not."""
+    logprobs = b'{"index":0,"delta":{"content":"a"},"logprobs":{"content":[{"logprob":%b}]}}' % number
+    text = b'data: {"choices":[%b]}\n\n' % logprobs
+    total = b'data: {"choices":[],"usage":{"prompt_tokens":36,"completion_tokens":%b}}\n\n' % number
+    relayed, result, _ = run([PLAIN[0], text, chunk("NaN"), total, DONE], asked=True)
+    shown = b'{"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [{"logprob": null}]}}]}'
+    hidden = b'data: {"choices": [], "usage": {"prompt_tokens": 36, "completion_tokens": null}}\n\n'
+    assert relayed == PLAIN[0] + b"data: " + shown + b"\n\n" + chunk("NaN") + hidden
+    assert (result.usage, result.is_complete) == (None, True)
+    assert result.emitted().choices[0].content == "aNaN"
+
+
+def test_data_on_several_lines_is_one_chunk():
+    relayed, result, _ = run([PLAIN[0], b'data: {"choices":\n', b"data: []}\n\n", chunk("a"), DONE])
+    assert relayed == PLAIN[0] + b'data: {"choices": []}\n\n' + chunk("a")
+    assert result.is_complete
+    relayed, result, _ = run([PLAIN[0], b"data: [\n", chunk("a"), DONE])
+    assert relayed == PLAIN[0]
+    assert result.error.code == "upstream_invalid_response"
+
+
 def test_an_empty_line_of_data_goes_to_nobody():
     relayed, result, _ = run([PLAIN[0], b"data:\n\n", b"data: \r\n\r\n", b": ping\ndata: \n\n", chunk("a"), DONE])
     assert relayed == PLAIN[0] + b": ping\n\n" + chunk("a")
