@@ -67,7 +67,7 @@ def get_frame_data(frame: bytes) -> bytes | None:
     >>> get_frame_data(b"data: 1\\n\\n"), get_frame_data(b": ping\\n\\n"), get_frame_data(b"data:x\\r\\n\\r\\n")
     (b'1', None, b'x')
     """
-    if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and b"\r" not in frame:
+    if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and frame.find(b"\r") < 0:
         return frame[6:-2]
     lines = [line[5:].removeprefix(b" ") for line in frame.splitlines() if line.startswith(b"data:")]
     return b"\n".join(lines) if lines else None

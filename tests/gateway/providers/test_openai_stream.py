@@ -256,11 +256,16 @@ def test_error_frame_is_held_back_and_classified():
     assert meter.feed(PLAIN[2]) == b""
 
 
-def test_error_without_a_frame_at_the_end():
+@pytest.mark.parametrize("prefix", [b"", b"data: ", b"event: error\ndata:", b"\n"])
+def test_error_without_a_frame_at_the_end(prefix):
+    error = prefix + b'{"error_code":17,"error_msg":"Open api daily request limit reached"}'
     meter = open_meter()
-    meter.feed(PLAIN[0] + b'{"error_code":17,"error_msg":"Open api daily request limit reached"}')
+    assert meter.feed(PLAIN[0] + error) == PLAIN[0]
     result = meter.finish()
     assert (result.error.status, result.error.code) == (429, "rate_limit_exceeded")
+    # What comes after the end is nobody's.
+    _, result, _ = run([PLAIN[0], DONE + error])
+    assert (result.error, result.is_complete) == (None, True)
 
 
 def test_null_error_member_is_no_error():
