@@ -32,6 +32,10 @@ def test_frames_come_out_whole_at_any_cut(frames, data):
     assert splitter.pending == b""
 
 
+def test_a_blank_line_at_the_start_is_a_frame():
+    assert FrameSplitter().split(b"\n\ndata: 1\n\n") == [b"\n\n", b"data: 1\n\n"]
+
+
 def test_every_single_byte_cut():
     frames = [frame for frame in FRAMES if len(frame) < 1000]
     stream = b"".join(frames)

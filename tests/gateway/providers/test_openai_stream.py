@@ -133,6 +133,37 @@ def test_usage_with_the_finish_chunk_and_again():
     assert result.usage == ReportedUsage(36, 3, 8)
 
 
+def test_usage_of_the_whole_call_is_not_summed_when_it_comes_twice():
+    first, last = usage_chunk(usage(36, 3)), usage_chunk(usage(36, 3, prompt_tokens_details={"cached_tokens": 8}))
+    _, result, _ = run([*PLAIN, first, last, DONE])
+    assert result.usage == ReportedUsage(36, 3, 8)
+    # What cannot be believed does not undo what could.
+    _, result, _ = run([*PLAIN, last, usage_chunk(usage(0, 0)), DONE])
+    assert result.usage == ReportedUsage(36, 3, 8)
+    _, result, meter = run([chunk("a", usage=usage(36, 1)), chunk("", usage=usage(0, 0))])
+    assert (meter.last_usage, result.usage.output_tokens) == (ReportedUsage(36, 1), 1)
+
+
+def test_an_early_usage_chunk_hides_nothing_of_a_later_one():
+    frames = [usage_chunk(usage(36, 0)), *PLAIN[:3], chunk(finish="stop", usage=usage(36, 3)), DONE]
+    relayed, _, _ = run(frames, asked=True)
+    assert relayed == b"".join(frames[:-1])
+
+
+def test_the_request_id_is_that_of_the_first_chunk():
+    nameless = frame({"choices": [], "usage": usage(36, 3)})
+    assert run([*PLAIN, nameless, DONE])[1].provider_request_id == "chatcmpl-x"
+
+
+@pytest.mark.parametrize("index", [{}, {"index": None}, {"index": "0"}])
+def test_a_choice_without_an_index_is_the_first_one(index):
+    frames = [
+        frame({"choices": [{"delta": {"content": "a"}, **index}], "usage": usage(36, 1)}),
+        chunk("b", index=0, usage=usage(36, 2)),
+    ]
+    assert run(frames, body={"n": 2})[2].last_usage == ReportedUsage(36, 2)
+
+
 def test_usage_only_with_the_finish_chunk():
     frames = [*PLAIN[:3], chunk(finish="stop", usage=usage(36, 3)), DONE]
     relayed, result, _ = run(frames, asked=True)
@@ -224,6 +255,9 @@ def test_several_choices_with_continuous_usage_are_summed():
     assert result.usage == ReportedUsage(36, 3, source=UsageSource.PROVIDER_PARTIAL)
     _, result, _ = run([*frames, usage_chunk(usage(36, 5)), DONE], body={"n": 2})
     assert result.usage == ReportedUsage(36, 5)
+    thinking = usage(36, 2, completion_tokens_details={"reasoning_tokens": 1})
+    _, result, _ = run([chunk("a", usage=thinking), chunk("b", index=1, usage=thinking)], body={"n": 2})
+    assert (result.usage.output_tokens, result.usage.reasoning_tokens) == (4, 2)
 
 
 def test_one_usage_chunk_per_choice_is_summed_where_the_server_does_so():
