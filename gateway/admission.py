@@ -7,7 +7,8 @@ import logging
 from functools import partial
 from typing import Any
 
-from gateway.calls import Call, build_hold, get_month, get_prepaid_month
+from gateway.call_records import Call
+from gateway.calls import build_hold, get_month, get_prepaid_month
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.errors import (
     RATE_LIMIT,

@@ -19,12 +19,20 @@ from gateway import idempotency, relay, tokenization
 from gateway.admission import ADMIT, CANCEL, Admission
 from gateway.authentication import Authenticator, check_scope
 from gateway.background import keep_running
-from gateway.calls import Call, read_labels
+from gateway.call_records import Call
+from gateway.calls import read_labels
 from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord
 from gateway.counting import count_live_streams
 from gateway.endpoints.dialect import Dialect
 from gateway.endpoints.translated_exchange import DIALECTS, TranslatedExchange, send_error, translate_request
-from gateway.errors import SERVER, GatewayError, RedisUnavailableError, SpoolFullError, build_metering_unavailable
+from gateway.errors import (
+    SERVER,
+    CannotStartError,
+    GatewayError,
+    RedisUnavailableError,
+    SpoolFullError,
+    build_metering_unavailable,
+)
 from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
 from gateway.exchange import Exchange
 from gateway.gauges import add_gauges
@@ -61,12 +69,6 @@ TOKENIZE_PATH = "/v1/tokenize"
 COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
 # A key that is restricted to some endpoints reads receipts only where this is one of them, as at the web process.
 BILLING_ENDPOINT = "billing"
-
-
-class CannotStartError(RuntimeError):
-    """The gateway cannot record usage, so it does not start; the message says what to set."""
-
-    code = "cannot_start"
 
 
 @dataclass(frozen=True, slots=True)

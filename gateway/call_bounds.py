@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.calls import Call, compute_estimate_nano
+from gateway.call_records import Call
+from gateway.calls import compute_estimate_nano
 from gateway.contract.usage_event import TOKENS_MAX
 from gateway.errors import GatewayError
 from gateway.tokenizer import TokenizerError, count_input_tokens, estimate_input_tokens, run_in_tokenizer_thread

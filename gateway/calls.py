@@ -9,12 +9,12 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
-from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord, TenantRecord, UpstreamRecord
+from gateway.call_records import Call, HoldRecord, ProgressRecord, Settlement, Verdict
+from gateway.contract.catalog_snapshot import PriceRecord, TenantRecord, UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
-from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, to_wire
-from gateway.event_log import Settlement
-from gateway.providers.base import CallRequest, ReportedUsage, StreamMeter
-from gateway.snapshot_reader import Caller, Catalog, PartitionKeys
+from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, UsageEvent, to_wire
+from gateway.providers.base import ReportedUsage
+from gateway.snapshot_reader import Catalog, PartitionKeys
 
 TOKENS_PER_PRICE_UNIT = 1_000_000
 ATTEMPT_COMPLETED = "completed"
@@ -24,88 +24,6 @@ CODE_LENGTH_MAX = 64
 US_PER_HOUR = 3_600_000_000
 # The offsets of all zones are multiples of it, so that months begin on one.
 S_PER_QUARTER = 900
-
-
-class HoldRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """The intent of a call, as it lies in Redis while the call runs.
-
-    Scripts read members by their place: `estimate_nano`, `served_model_id` and `has_model_hold`, which says that the
-    estimate is held of the model's budget, too.
-    """
-
-    estimate_nano: int
-    producer: str
-    tenant_id: int
-    api_key_id: int
-    served_model_id: int
-    provider_id: int
-    upstream_id: int
-    occurred_at_us: int
-    endpoint: str
-    streamed: bool
-    region: str
-    labels: dict[str, str] = {}
-    has_model_hold: bool = False
-
-
-class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """The last known counts of a live call, in tokens, inclusive; renewed with its lease. `source` says whose."""
-
-    provider_id: int
-    upstream_id: int
-    region: str
-    input_tokens: int
-    cached_input_tokens: int
-    cache_write_tokens: int
-    output_tokens: int
-    reasoning_tokens: int
-    source: UsageSource = UsageSource.PROVIDER_PARTIAL
-
-
-class Call(msgspec.Struct, kw_only=True):
-    """One call from admission to settle. Times: `started_at` is monotonic seconds.
-
-    `window_tokens`: the most input that is believable, the model's window for each prompt. `reserved_bytes`: what is
-    set aside in the spool for the records of this call.
-    """
-
-    call_id: str
-    occurred_at_us: int
-    started_at: float
-    caller: Caller
-    model: ServedModelRecord
-    price: PriceRecord
-    endpoint: str
-    request: CallRequest
-    labels: dict[str, str]
-    window_tokens: int = 0
-    estimate_nano: int = 0
-    estimate_tokens: int = 0
-    rate_second: int | None = None
-    reserved_bytes: int = 0
-    has_spooled_intent: bool = False
-    is_settled: bool = False
-    # Set when the event is durable.
-    outcome: Outcome | None = None
-    upstream: UpstreamRecord | None = None
-    meter: StreamMeter | None = None
-    attempts: list[Attempt] = []
-    first_byte_us: int | None = None
-    recorded_usage: ReportedUsage | None = None
-    # Our own count of a live stream that reports none while it runs, at the last look (`counting.py`).
-    counted_usage: ReportedUsage | None = None
-
-
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What the end of a call says: how it ended, and the counts to record."""
-
-    outcome: Outcome
-    source: UsageSource
-    usage: ReportedUsage
-    finish_reason: str = ""
-    provider_request_id: str = ""
-    counted_input_tokens: int | None = None
-    counted_output_tokens: int | None = None
 
 
 NOTHING_USED = ReportedUsage(0, 0)

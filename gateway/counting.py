@@ -12,7 +12,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gateway.calls import NOTHING_USED, Call, Verdict
+from gateway.call_records import Call, Verdict
+from gateway.calls import NOTHING_USED
 from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.providers.base import CallResult, EmittedText, ReportedUsage
 from gateway.telemetry import Telemetry

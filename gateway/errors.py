@@ -5,6 +5,7 @@ RedisUnavailableError           the connection to the Redis-protocol server is d
 RedisReplyError                 the server answered a command with an error
 UpstreamConnectionError         an attempt failed below HTTP (refused, reset, timeout, malformed answer)
 SpoolFullError                  the local spool cannot take another record
+CannotStartError                the gateway could not record usage, so it does not start
 """
 
 from __future__ import annotations
@@ -88,3 +89,9 @@ def build_metering_unavailable(retry_after_s: int = 1) -> GatewayError:
         type=SERVER,
         headers=((b"retry-after", b"%d" % retry_after_s),),
     )
+
+
+class CannotStartError(RuntimeError):
+    """The gateway cannot record usage, so it does not start; the message says what to set."""
+
+    code = "cannot_start"

@@ -13,14 +13,12 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from gateway.background import keep_running
+from gateway.call_records import Settlement
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
 from gateway.redis_connection import RedisConnection, Script, build_command_head, pack_arguments
 from gateway.snapshot_reader import PartitionKeys, build_partition_keys
@@ -40,30 +38,6 @@ REPLAY_RETRY_S = 0.5
 CLOSE_WAIT_S = 5.0
 # Callers whose packed commands are remembered.
 HEADS_MAX = 4_096
-
-
-class Settlement(msgspec.Struct, frozen=True, kw_only=True):
-    """What is recorded of a call. `build_event` makes the event's bytes of producer and seq.
-
-    `rate_second` and `tokens_difference` correct the token windows. `prepaid_month` is "" for a tenant without credits.
-    A Struct, as one is made for each call.
-    """
-
-    keys: PartitionKeys
-    call_id: str
-    tenant_id: int
-    api_key_id: int
-    month: str
-    build_event: Callable[[str, int], bytes]
-    mode: str = "settle"
-    has_spooled_intent: bool = False
-    cost_nano: int = 0
-    billed_model_id: int | None = None
-    input_tokens: int = 0
-    output_tokens: int = 0
-    rate_second: int | None = None
-    tokens_difference: int = 0
-    prepaid_month: str = ""
 
 
 class _Pending:

@@ -47,6 +47,25 @@ class _CallIds:
 make_call_id = _CallIds().make
 
 
+MEMBERS = (
+    "_connection",
+    "body",
+    "call_id",
+    "caller",
+    "catalog",
+    "has_started",
+    "headers",
+    "is_http_1_1",
+    "is_kept_alive",
+    "method",
+    "occurred_at_us",
+    "path",
+    "refusal",
+    "route",
+    "started_at",
+)
+
+
 class Exchange:
     """One request and its answer. `call_id` is made when the request arrives and goes out with every answer.
 
@@ -55,23 +74,7 @@ class Exchange:
     when the head has arrived.
     """
 
-    __slots__ = (
-        "_connection",
-        "body",
-        "call_id",
-        "caller",
-        "catalog",
-        "has_started",
-        "headers",
-        "is_http_1_1",
-        "is_kept_alive",
-        "method",
-        "occurred_at_us",
-        "path",
-        "refusal",
-        "route",
-        "started_at",
-    )
+    __slots__ = MEMBERS
 
     # Whether the answer is wanted to its end even when the client has gone: writing to it then does nothing else.
     keeps_answer = False
@@ -147,8 +150,8 @@ class Exchange:
 
     def _build_head(self, status: int, headers: Headers, framing: bytes) -> bytes:
         lines = [STATUS_LINES[status], self._connection.date_line]
-        for header in headers:
-            lines.append(b"%b: %b\r\n" % header)
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
         if not self.is_kept_alive or self._connection.is_stopping:
             lines.append(b"connection: close\r\n")
         lines.append(b"x-request-id: %b\r\n%b\r\n" % (self.call_id.encode(), framing))
@@ -161,7 +164,7 @@ class ExchangeLayer(Exchange):
     __slots__ = ("_inner", "keeps_answer")
 
     def __init__(self, inner: Exchange) -> None:
-        for name in Exchange.__slots__:
+        for name in MEMBERS:
             setattr(self, name, getattr(inner, name))
         self.keeps_answer = inner.keeps_answer
         self._inner = inner

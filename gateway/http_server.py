@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from email.utils import formatdate
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from urllib.parse import unquote
 
 import httptools
@@ -58,13 +58,13 @@ class Application(Protocol):
 class HttpConnection(asyncio.Protocol):
     """One connection of a client. Class attributes are set once, before the server starts."""
 
-    header_bytes_max = 32 * 1024
-    body_bytes_max = 32 * 1024 * 1024
-    receive_timeout_s = 30.0
+    header_bytes_max: ClassVar[int] = 32 * 1024
+    body_bytes_max: ClassVar[int] = 32 * 1024 * 1024
+    receive_timeout_s: ClassVar[float] = 30.0
     # A client that reads nothing for so long is cut off, and each when its answer takes that long in all.
-    client_stall_s = 120.0
-    answer_max_s = 3600.0
-    date_line = b""
+    client_stall_s: ClassVar[float] = 120.0
+    answer_max_s: ClassVar[float] = 3600.0
+    date_line: ClassVar[bytes] = b""
 
     def __init__(self, application: Application, connections: set[Any], tasks: set[asyncio.Task[None]]) -> None:
         self.is_gone = False

@@ -30,10 +30,11 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from gateway.admission import NO_RETRY
-from gateway.calls import Call
+from gateway.call_records import Call
 from gateway.contract.token_kind import Outcome
 from gateway.errors import SERVER, GatewayError, RedisReplyError, RedisUnavailableError
 from gateway.exchange import Exchange, ExchangeLayer, Headers
+from gateway.kept_answers import Kept, LostAnswer, Reservation, StoredAnswer
 from gateway.redis_connection import CONNECT_TIMEOUT_S, RECONNECT_DELAY_MAX_S, RedisConnection, Script
 from gateway.settings import Settings
 from gateway.telemetry import Telemetry
@@ -54,34 +55,6 @@ CLAIMS_MAX = 16_384
 WAITING_BYTES_MAX = 64 * 1024 * 1024
 
 
-class Reservation(msgspec.Struct, frozen=True, array_like=True, tag="running"):
-    """A call runs under this key. `fingerprint` is the SHA-256 of endpoint and body."""
-
-    fingerprint: bytes
-    call_id: str
-
-
-class StoredAnswer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
-    """The answer as the client saw it; `body` is deflated."""
-
-    fingerprint: bytes
-    call_id: str
-    status: int
-    headers: tuple[tuple[bytes, bytes], ...]
-    body: bytes
-    is_stream: bool
-
-
-class LostAnswer(msgspec.Struct, frozen=True, array_like=True, tag="lost"):
-    """A call was billed and there is no answer to repeat. `code` and `message` are what a repeat is told."""
-
-    fingerprint: bytes
-    call_id: str
-    code: str
-    message: str
-
-
-Kept = Reservation | StoredAnswer | LostAnswer
 _decoder = msgspec.msgpack.Decoder(Kept)
 
 

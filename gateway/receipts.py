@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.calls import TOKENS_PER_PRICE_UNIT, HoldRecord
+from gateway.call_records import HoldRecord
+from gateway.calls import TOKENS_PER_PRICE_UNIT
 from gateway.contract.catalog_snapshot import PriceRecord
 from gateway.contract.receipt import (
     Receipt,
@@ -96,11 +97,12 @@ class Receipts:
         tenant_id, keys = caller.tenant.tenant_id, caller.keys
         since = str(get_call_id_ms(call_id) - CLOCK_SKEW_MS)
         try:
-            hold, forward, back = await asyncio.gather(
+            commands = [
                 self._redis.call(b"HGET", keys.holds, call_id),
                 self._redis.call(b"XRANGE", keys.stream, since, b"+", b"COUNT", ENTRIES_MAX),
                 self._redis.call(b"XREVRANGE", keys.stream, b"+", since, b"COUNT", ENTRIES_MAX),
-            )
+            ]
+            hold, forward, back = await asyncio.gather(*commands)
         except (RedisUnavailableError, RedisReplyError) as error:
             log.warning("a receipt could not be read from Redis: %s", error)
             return None

@@ -29,15 +29,8 @@ from gateway.attempts import (
     build_stream_failure,
 )
 from gateway.call_bounds import bound_call
-from gateway.calls import (
-    ATTEMPT_COMPLETED,
-    CODE_LENGTH_MAX,
-    NOTHING_USED,
-    Call,
-    Verdict,
-    build_settlement,
-    format_nano,
-)
+from gateway.call_records import Call, Verdict
+from gateway.calls import ATTEMPT_COMPLETED, CODE_LENGTH_MAX, NOTHING_USED, build_settlement, format_nano
 from gateway.client_drain import CLIENT_GONE, ClientDrain
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
@@ -160,9 +153,10 @@ class Relay:
                         raise _build_upstream_error(attempt.failure) from attempt
         except GatewayError:
             raise
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as stopped:
             await self._settle_abandoned()
-            raise
+            # By name: after an await, a compiled coroutine no longer knows what it is to raise again.
+            raise stopped
         except Exception as error:
             log.exception("call %s failed inside the gateway", self._call.call_id)
             if not self._call.is_settled:

@@ -113,48 +113,63 @@ class Telemetry:
         self._worker = worker
         self._samples = WorkerSamples(folder, worker)
         self._gauges: list[Gauge] = []
-        self.error_answers = Counter(
+        self._metrics: list[Counter | Histogram] = []
+        self.error_answers = self._add_counter(
             "error_answers_total", "Answers with an error.", ("http_response_status_code", "error_type")
         )
-        self.answers_replayed = Counter(
+        self.answers_replayed = self._add_counter(
             "answers_replayed_total", "Requests answered with what their Idempotency-Key had stored."
         )
-        self.client_retries = Counter("client_retries_total", "Requests that an official client sent again by itself.")
-        self.calls_forwarded = Counter("calls_forwarded_total", "Calls sent to an upstream.")
-        self.calls_recorded = Counter(
+        self.client_retries = self._add_counter(
+            "client_retries_total", "Requests that an official client sent again by itself."
+        )
+        self.calls_forwarded = self._add_counter("calls_forwarded_total", "Calls sent to an upstream.")
+        self.calls_recorded = self._add_counter(
             "calls_recorded_total", "Calls whose event is durable.", (MODEL, "outcome", "usage_source")
         )
-        self.tokens = Counter("tokens_total", "Tokens recorded, inclusive.", (MODEL, TOKEN_TYPE))
-        self.attempts = Counter(
+        self.tokens = self._add_counter("tokens_total", "Tokens recorded, inclusive.", (MODEL, TOKEN_TYPE))
+        self.attempts = self._add_counter(
             "upstream_attempts_total", "Attempts by upstream; outcome is completed or a code.", ("upstream", "outcome")
         )
-        self.settles = Counter("settles_total", "Settles by the way they became durable.", ("way",))
-        self.settle_errors = Counter("settle_errors_total", "Settles that Redis refused and were sent again.")
-        self.calls_abandoned = Counter("calls_abandoned_total", "Expired holds that were swept.")
-        self.unrecorded = Counter(
+        self.settles = self._add_counter("settles_total", "Settles by the way they became durable.", ("way",))
+        self.settle_errors = self._add_counter("settle_errors_total", "Settles that Redis refused and were sent again.")
+        self.calls_abandoned = self._add_counter("calls_abandoned_total", "Expired holds that were swept.")
+        self.unrecorded = self._add_counter(
             "settles_failed_total", "Settles that found neither Redis nor spool; the sweeper records the call."
         )
         audit = (PROVIDER, MODEL)
-        self.audited = Counter("counts_compared_total", "Calls that were counted by us as well.", audit)
-        self.audited_tokens = Counter(
+        self.audited = self._add_counter("counts_compared_total", "Calls that were counted by us as well.", audit)
+        self.audited_tokens = self._add_counter(
             "counts_compared_tokens_total", "Tokens reported for compared calls.", (*audit, TOKEN_TYPE)
         )
-        self.drift = Counter(
+        self.drift = self._add_counter(
             "count_drift_tokens_total",
             "Tokens by which the report of a compared call is over or under our count.",
             (*audit, TOKEN_TYPE, "direction"),
         )
-        self.beyond_tolerance = Counter(
+        self.beyond_tolerance = self._add_counter(
             "counts_beyond_tolerance_total",
             "Compared counts that differ by more than a token per choice of output, or at all of input.",
             (*audit, TOKEN_TYPE),
         )
-        self.call_seconds = Histogram(
+        self.call_seconds = self._add_histogram(
             "call_duration_seconds", "Whole calls, from the request to the last byte.", (OPERATION, MODEL)
         )
-        self.first_byte_seconds = Histogram("first_byte_seconds", "Until an upstream's first byte.", ("upstream",))
-        self.admit_seconds = Histogram("admit_seconds", "Admission: limits and hold.")
-        self.settle_seconds = Histogram("settle_seconds", "Until an event is durable.")
+        self.first_byte_seconds = self._add_histogram(
+            "first_byte_seconds", "Until an upstream's first byte.", ("upstream",)
+        )
+        self.admit_seconds = self._add_histogram("admit_seconds", "Admission: limits and hold.")
+        self.settle_seconds = self._add_histogram("settle_seconds", "Until an event is durable.")
+
+    def _add_counter(self, name: str, text: str, label_names: Labels = ()) -> Counter:
+        counter = Counter(name, text, label_names)
+        self._metrics.append(counter)
+        return counter
+
+    def _add_histogram(self, name: str, text: str, label_names: Labels = ()) -> Histogram:
+        histogram = Histogram(name, text, label_names)
+        self._metrics.append(histogram)
+        return histogram
 
     def add_gauge(self, name: str, text: str, read: Callable[[], Number]) -> None:
         """Register a gauge, named without the prefix."""
@@ -168,8 +183,7 @@ class Telemetry:
 
     def publish(self) -> list[Family]:
         """Leave this process's samples for the other workers, and return them."""
-        metrics = [value for value in vars(self).values() if isinstance(value, Counter | Histogram)]
-        families = [metric.build_family(self._worker) for metric in (*metrics, *self._gauges)]
+        families = [metric.build_family(self._worker) for metric in (*self._metrics, *self._gauges)]
         try:
             self._samples.publish(families)
         except OSError as error:

@@ -122,8 +122,8 @@ class UpstreamConnection(asyncio.Protocol):
             self.fail("upstream_unreachable", "The upstream closed the connection before it had the request.")
             return
         lines = [b"%b %b HTTP/1.1\r\n" % (request.method.encode(), request.path.encode()), self._origin.host_line]
-        for header in request.headers:
-            lines.append(b"%b: %b\r\n" % header)
+        for name, value in request.headers:
+            lines += (name, b": ", value, b"\r\n")
         lines.append(b"content-length: %d\r\n\r\n" % len(request.body))
         lines.append(request.body)
         self._transport.write(b"".join(lines))

@@ -135,8 +135,10 @@ class _MessageStream(ChatStreamReader):
     def _send_delta(self, index: int, delta: dict[str, Any]) -> None:
         self._send("content_block_delta", index=index, delta=delta)
 
-    def _send(self, name: str, /, **members: Any) -> None:
-        self.write(b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode({"type": name, **members})))
+    def _send(self, event_name: str, /, **members: Any) -> None:
+        self.write(
+            b"event: %b\ndata: %b\n\n" % (event_name.encode(), msgspec.json.encode({"type": event_name, **members}))
+        )
 
 
 def _build_message(answering: Answering, content: list[dict[str, Any]]) -> dict[str, Any]:

@@ -194,17 +194,17 @@ class _ResponseStream(ChatStreamReader):
         item = self._output.items[-1]
         self._send("response.output_item.added", output_index=self._output.index, item=item)
 
-    def _send_for_part(self, name: str, /, **members: Any) -> None:
-        self._send_for_item(name, content_index=0, **members)
+    def _send_for_part(self, event_name: str, /, **members: Any) -> None:
+        self._send_for_item(event_name, content_index=0, **members)
 
-    def _send_for_item(self, name: str, /, **members: Any) -> None:
+    def _send_for_item(self, event_name: str, /, **members: Any) -> None:
         output = self._output
-        self._send(name, item_id=output.items[-1]["id"], output_index=output.index, **members)
+        self._send(event_name, item_id=output.items[-1]["id"], output_index=output.index, **members)
 
-    def _send(self, name: str, /, **members: Any) -> None:
-        event = {"type": name, "sequence_number": self._sequence_number, **members}
+    def _send(self, event_name: str, /, **members: Any) -> None:
+        event = {"type": event_name, "sequence_number": self._sequence_number, **members}
         self._sequence_number += 1
-        self.write(b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(event)))
+        self.write(b"event: %b\ndata: %b\n\n" % (event_name.encode(), msgspec.json.encode(event)))
 
 
 def _get_status(finish_reason: str) -> str:

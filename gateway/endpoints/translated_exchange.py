@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.calls import NOTHING_USED, Call
+from gateway.call_records import Call
+from gateway.calls import NOTHING_USED
 from gateway.endpoints.dialect import Answering, AnswerNotTranslatableError, Dialect
 from gateway.endpoints.messages import Messages
 from gateway.endpoints.responses import Responses

@@ -179,7 +179,7 @@ def _build_emitted(answer: dict[str, Any]) -> EmittedText:
 
 def _read_finish_reason(choices: list[Any]) -> str:
     """Return the last choice's finish reason, "" if none says."""
-    for choice in reversed(choices):
+    for choice in choices[::-1]:
         reason = choice.get("finish_reason") if isinstance(choice, dict) else None
         if isinstance(reason, str):
             return reason

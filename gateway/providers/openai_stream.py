@@ -26,6 +26,7 @@ import msgspec
 
 from gateway.contract.token_kind import UsageSource
 from gateway.providers.base import CallRequest, CallResult, EmittedText, ReportedUsage, UpstreamFailure
+from gateway.providers.chunk_records import RunningCount
 from gateway.providers.transcript import Transcript, parse_json, repair_json
 from gateway.providers.upstream_errors import build_invalid_answer, classify_body
 from gateway.sse import FrameSplitter, FrameTooLargeError, build_frame, get_frame_data
@@ -93,15 +94,7 @@ def normalize_frame(frame: bytes, data: bytes | None) -> bytes:
     return b"\n".join(comments) + b"\n\n" if comments else b""
 
 
-class _RunningCount(msgspec.Struct, forbid_unknown_fields=True):
-    """The plain counts on a chunk of text; a `usage` with anything more is read the long way."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-_decode_running_count = msgspec.json.Decoder(_RunningCount).decode
+_decode_running_count = msgspec.json.Decoder(RunningCount).decode
 
 
 class OpenAIStreamMeter:

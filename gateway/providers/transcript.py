@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from gateway.providers.base import EmittedChoice, EmittedText
+from gateway.providers.chunk_records import TextChunk
 from gateway.sse import FrameSplitter, get_frame_data
 
 PENDING_BYTES_MAX = 64 * 1024
@@ -19,26 +20,7 @@ TEXT_CHARACTERS_MAX = 4 * 1024 * 1024
 CHOICES_MAX = 128
 
 
-class _TextDelta(msgspec.Struct, forbid_unknown_fields=True):
-    content: str
-
-
-class _TextChoice(msgspec.Struct, forbid_unknown_fields=True):
-    delta: _TextDelta
-    index: int = 0
-    logprobs: None = None
-    finish_reason: None = None
-    stop_reason: None = None
-    token_ids: None = None
-
-
-class _TextChunk(msgspec.Struct):
-    """A chunk of one choice that says some text and nothing else, as almost all do."""
-
-    choices: tuple[_TextChoice]
-
-
-_decode_text_chunk = msgspec.json.Decoder(_TextChunk).decode
+_decode_text_chunk = msgspec.json.Decoder(TextChunk).decode
 
 
 class _ChoiceText:

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from deploy.embedded.server import choose_free_port
-from gateway.calls import ProgressRecord
+from gateway.call_records import ProgressRecord
 from gateway.contract.usage_event import UsageEvent
 from gateway.snapshot_reader import build_partition_keys
 from tests.fakes.gateway_stack import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.calls import Call
+from gateway.call_records import Call
 from gateway.contract.token_kind import Outcome
 from gateway.contract.usage_event import UsageEvent
 from gateway.counting import is_audited, judge_usage

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from gateway.call_bounds import WINDOW_MARGIN_TOKENS, bound_call
-from gateway.calls import Call
+from gateway.call_records import Call
 from gateway.contract.catalog_snapshot import CatalogSnapshot, Limits, ModelBudget, PrepaidBalance
 from gateway.errors import GatewayError
 from gateway.providers.base import CallRequest

@@ -20,7 +20,8 @@ import uvloop
 
 from gateway import idempotency
 from gateway.errors import GatewayError
-from gateway.idempotency import IDEMPOTENCY, Idempotency, Reservation, _Claim
+from gateway.idempotency import IDEMPOTENCY, Idempotency, _Claim
+from gateway.kept_answers import Reservation
 from gateway.redis_connection import RedisConnection
 from gateway.settings import Settings
 from gateway.telemetry import Telemetry

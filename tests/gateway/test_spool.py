@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.calls import CODE_LENGTH_MAX, TEXT_LENGTH_MAX, HoldRecord
+from gateway.call_records import HoldRecord
+from gateway.calls import CODE_LENGTH_MAX, TEXT_LENGTH_MAX
 from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, build_call_id, to_wire
 from gateway.errors import SpoolFullError
 from gateway.event_log import PLACE_HOLD, REPLAY_RETRY_S, SETTLE, EventLog

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from gateway import background
-from gateway.calls import HoldRecord
+from gateway.call_records import HoldRecord
 from gateway.contract.usage_event import UsageEvent, build_call_id, to_wire
 from gateway.snapshot_reader import build_partition_keys
 from gateway.spool import SpooledSettle, open_own_spool

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import time_machine
 
-from gateway.calls import Call, Verdict
+from gateway.call_records import Call, Verdict
 from gateway.contract.token_kind import Outcome
 from gateway.counting import judge_usage
 from gateway.providers import get_provider, list_provider_kinds
