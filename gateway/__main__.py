@@ -21,7 +21,8 @@ Run the Tollbook gateway: an OpenAI-compatible, metering reverse proxy.
 It reads its settings from environment variables; the required ones are
   TOLLBOOK_REDIS_URL         the Redis-protocol server that records usage and has the catalog
   TOLLBOOK_API_KEY_PEPPER    the secret under which API keys are hashed
-and the usual ones TOLLBOOK_DATA_DIR, TOLLBOOK_GATEWAY_HOST, TOLLBOOK_GATEWAY_PORT, TOLLBOOK_GATEWAY_WORKERS.
+and the usual ones TOLLBOOK_DATA_DIR, TOLLBOOK_GATEWAY_HOST, TOLLBOOK_GATEWAY_PORT, TOLLBOOK_GATEWAY_WORKERS and
+TOLLBOOK_GATEWAY_COMPILED_DIR.
 deploy/README.md explains all of them. It refuses to start where it could not record usage.
 """
 EXIT_BAD_SETTINGS = 2
@@ -105,7 +106,7 @@ class Supervisor:
         self._started_at[worker] = time.monotonic()
         self._workers[worker] = subprocess.Popen(
             [sys.executable, "-m", "gateway", "--worker", str(worker)],
-            env={**os.environ, "TOLLBOOK_GATEWAY_PORT": str(port)},
+            env={**os.environ, **_choose_code(self._settings), "TOLLBOOK_GATEWAY_PORT": str(port)},
             preexec_fn=functools.partial(_die_with_parent, os.getpid()),
             start_new_session=True,
         )
@@ -144,6 +145,14 @@ class Supervisor:
     def _signal_workers(self, number: signal.Signals) -> None:
         for process in self._workers.values():
             process.send_signal(number)
+
+
+def _choose_code(settings: Settings) -> dict[str, str]:
+    """Return what has a worker import the compiled gateway, also where the current folder has the sources."""
+    if settings.compiled_dir is None:
+        return {}
+    path = os.pathsep.join(filter(None, (str(settings.compiled_dir), os.environ.get("PYTHONPATH", ""))))
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def _bind(host: str, port: int) -> socket.socket:

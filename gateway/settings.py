@@ -33,6 +33,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     workers: int = 1
+    compiled_dir: Path | None = None
     sandbox_url: str = ""
     web_url: str = ""
     metrics_token: bytes = b""
@@ -135,6 +136,12 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         )
     if values.get("redis_replicas_min") and not is_cluster_url(redis_url):
         problems.append("TOLLBOOK_REDIS_REPLICAS_MIN needs a Redis Cluster: TOLLBOOK_REDIS_URL names a single server")
+    compiled_dir = environ.get("TOLLBOOK_GATEWAY_COMPILED_DIR", "")
+    if compiled_dir and not Path(compiled_dir, "gateway", "__main__.py").is_file():
+        problems.append(
+            "TOLLBOOK_GATEWAY_COMPILED_DIR must be the folder that `make compile` has made, .venv/compiled, "
+            f"not {compiled_dir!r}"
+        )
     if problems:
         raise SettingsError("\n".join(problems))
     settings = Settings(
@@ -145,6 +152,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         sandbox_url=environ.get("TOLLBOOK_SANDBOX_URL", ""),
         metrics_token=environ.get("TOLLBOOK_METRICS_TOKEN", "").encode(),
         web_url=web_url,
+        compiled_dir=Path(compiled_dir).absolute() if compiled_dir else None,
         **values,
     )
     _require_writable_folders(settings)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import redis
 
+from deploy.compile_gateway import find_compiled
 from deploy.embedded import EmbeddedRedis
 from deploy.embedded.server import choose_free_port
 from gateway.contract.api_key import build_api_key, compute_key_hash
@@ -155,6 +156,7 @@ def run(options: argparse.Namespace, folder: Path, servers: ExitStack) -> dict:
         "TOLLBOOK_API_KEY_PEPPER": PEPPER,
         "TOLLBOOK_DATA_DIR": str(folder),
         "TOLLBOOK_GATEWAY_PORT": str(gateway_port),
+        "TOLLBOOK_GATEWAY_COMPILED_DIR": os.environ.get("TOLLBOOK_GATEWAY_COMPILED_DIR", str(find_compiled() or "")),
     }
     direct = Proxy("direct", upstream_port, ())
     nginx = Proxy("nginx", nginx_port, (nginx_pid,))

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from deploy.compile_gateway import find_compiled
 from deploy.embedded.errors import ServerStartError
 from deploy.embedded.postgres import EmbeddedPostgres
 from deploy.embedded.processes import ProcessIdentity, spawn, wait_for_exit, wait_until
@@ -255,6 +256,7 @@ class Supervisor:
             addresses["postgres"] = f"postgresql://{HOST}:{postgres.port}/tollbook"
         if redis := self._servers.get("redis"):
             addresses["redis"] = f"redis://{HOST}:{redis.port}/0"
+        compiled_dir = str(find_compiled() or "")
         plain = {
             "TOLLBOOK_DATA_DIR": str(self.data_dir),
             "TOLLBOOK_GATEWAY_HOST": HOST,
@@ -262,6 +264,7 @@ class Supervisor:
             "TOLLBOOK_GATEWAY_URL": addresses["gateway"],
             "TOLLBOOK_GATEWAY_WORKERS": os.environ.get("TOLLBOOK_GATEWAY_WORKERS") or "2",
             "TOLLBOOK_GATEWAY_DRAIN_S": os.environ.get("TOLLBOOK_GATEWAY_DRAIN_S") or "10",
+            "TOLLBOOK_GATEWAY_COMPILED_DIR": os.environ.get("TOLLBOOK_GATEWAY_COMPILED_DIR", compiled_dir),
             "TOLLBOOK_WEB_PORT": str(ports["web"]),
             "TOLLBOOK_WEB_URL": addresses["web"],
             "TOLLBOOK_SANDBOX_PORT": str(ports["sandbox"]),
