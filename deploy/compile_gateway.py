@@ -2,8 +2,8 @@
 
 mypyc compiles the annotated modules as they are: a compiled gateway does the same with less processor time. It lies in
 .venv/compiled, beside the sources it was made of and never among those of the repository. What starts a gateway here
-(`make demo`, the tests, the benchmark) takes it while it is made of the sources that are there now; what starts one
-in production sets TOLLBOOK_GATEWAY_COMPILED_DIR. `deploy/decisions/0019-compiled-gateway.md` says why and what it brings.
+(`make demo`, the tests, the benchmark) takes it while it is made of the sources that are there now; in production
+TOLLBOOK_GATEWAY_COMPILED_DIR names it. `deploy/decisions/0019-compiled-gateway.md` says why and what it brings.
 """
 
 from __future__ import annotations
