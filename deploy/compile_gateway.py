@@ -24,7 +24,15 @@ COMPILED = ROOT / ".venv" / "compiled"
 DIGEST_NAME = "DIGEST"
 # These stay as they are: where processes begin, what inherits from other packages' classes, and the sandbox, which is
 # a provider to try things with.
-INTERPRETED = {"__main__.py", "server.py", "sandbox.py", "sandbox_answers.py", "errors.py", "settings.py"}
+INTERPRETED = {
+    "__main__.py",
+    "server.py",
+    "tokenizer_process.py",
+    "sandbox.py",
+    "sandbox_answers.py",
+    "errors.py",
+    "settings.py",
+}
 # A class with options is made by msgspec itself when its module is imported; so are those that a decoder reads.
 RECORDS_MARK = "(msgspec.Struct"
 OPTIONS = {"MYPYC_OPT_LEVEL": "1", "MYPYC_DEBUG_LEVEL": "0"}

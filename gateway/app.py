@@ -46,7 +46,8 @@ from gateway.snapshot_reader import Caller, Catalog, Offer, SnapshotReader
 from gateway.spool import open_own_spool
 from gateway.sweeper import LIST_EXPIRED, RENEW, Sweeper
 from gateway.telemetry import Telemetry
-from gateway.tokenizer import TokenizerError, load_encoding, run_in_tokenizer_thread
+from gateway.tokenizer import TokenizerError
+from gateway.tokenizer_client import start_tokenizer, stop_tokenizer
 from gateway.upstream import UpstreamPool
 from gateway.usage_report import build_usage_report
 
@@ -213,11 +214,18 @@ class GatewayApp:
             )
         await self._snapshots.start()
         await self._probe.start()
-        await _load_tokenizer()
+        await self._start_tokenizer()
         self._sweeper.start()
         add_gauges(self._parts, redis=self._redis, probe=self._probe, snapshots=self._snapshots)
         self._start_background()
         log.info("gateway process %s records as %s", self._worker, producer)
+
+    async def _start_tokenizer(self) -> None:
+        """Have the ranks loaded before the first call needs them: that takes most of a second."""
+        try:
+            await start_tokenizer(self._telemetry.tokenizer_restarts.add)
+        except TokenizerError as error:
+            log.error("calls without believable usage cannot be counted: %s", error)
 
     def _start_background(self) -> None:
         interval_s = self._settings.lease_s / 3
@@ -233,6 +241,7 @@ class GatewayApp:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await stop_tokenizer()
         await self._probe.close()
         await self._sweeper.close()
         await self._event_log.close()
@@ -399,14 +408,6 @@ class GatewayApp:
             raise GatewayError(401, "invalid_metrics_token", "This page needs the bearer token of its operator.")
         content_type = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
         await exchange.send_whole(200, [content_type], self._telemetry.render_all())
-
-
-async def _load_tokenizer() -> None:
-    """Read the ranks before the first call needs them: that takes most of a second."""
-    try:
-        await run_in_tokenizer_thread(load_encoding)
-    except TokenizerError as error:
-        log.error("calls without believable usage cannot be counted: %s", error)
 
 
 def _build_unknown_url(exchange: Exchange) -> GatewayError:

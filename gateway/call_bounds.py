@@ -15,7 +15,8 @@ from gateway.call_records import Call
 from gateway.calls import compute_estimate_nano
 from gateway.contract.usage_event import TOKENS_MAX
 from gateway.errors import GatewayError
-from gateway.tokenizer import TokenizerError, count_input_tokens, estimate_input_tokens, run_in_tokenizer_thread
+from gateway.tokenizer import TokenizerError, count_body_tokens, estimate_input_tokens
+from gateway.tokenizer_client import run_in_tokenizer
 
 CHOICES_MAX = 128
 # Servers count the prompt a token or two differently, and refuse what does not fit into the window.
@@ -95,9 +96,7 @@ async def _cap(call: Call, names: tuple[str, ...], *, asked: int | None, bound: 
 async def _fit_into_window(call: Call, bound: int) -> int:
     request, template = call.request, call.model.chat_template
     try:
-        input_tokens = await run_in_tokenizer_thread(
-            count_input_tokens, request.json, endpoint=request.endpoint, chat_template=template
-        )
+        input_tokens = await run_in_tokenizer(count_body_tokens, request.body, request.endpoint, template)
     except TokenizerError:
         input_tokens = None
     if input_tokens is None:

@@ -17,7 +17,8 @@ from gateway.calls import NOTHING_USED
 from gateway.contract.token_kind import Outcome, UsageSource
 from gateway.providers.base import CallResult, EmittedText, ReportedUsage
 from gateway.telemetry import Telemetry
-from gateway.tokenizer import TokenizerError, count_input_tokens, count_output_tokens, run_in_tokenizer_thread
+from gateway.tokenizer import TokenizerError, count_tokens
+from gateway.tokenizer_client import run_in_tokenizer
 
 log = logging.getLogger("gateway.counting")
 
@@ -36,9 +37,21 @@ NOT_COUNTED = OwnCount(None, None)
 
 
 async def count_call(call: Call, emitted: Callable[[], EmittedText]) -> OwnCount:
-    """Return our own count of a call, taken off the event loop. Never fails: what we cannot count must still end."""
+    """Return our own count of a call, by the counting process. Never fails: what we cannot count must still end."""
+    # The request's endpoint, not the call's: a message or a response went upstream as a chat completion.
+    endpoint, template = call.request.endpoint, call.model.chat_template
+    known = call.counted_usage
     try:
-        return await run_in_tokenizer_thread(_count, call, emitted)
+        # The body as bytes: of a long conversation the parsed one is thousands of objects to send.
+        input_tokens, output_tokens = await run_in_tokenizer(
+            count_tokens,
+            b"" if known else call.request.body,
+            EmittedText() if endpoint == "embeddings" else emitted(),
+            endpoint,
+            template,
+            known.input_tokens if known else None,
+        )
+        return OwnCount(input_tokens, output_tokens)
     except TokenizerError:
         return NOT_COUNTED
     except Exception as error:
@@ -102,18 +115,6 @@ async def judge_usage(
         counted_input_tokens=count.input_tokens,
         counted_output_tokens=count.output_tokens,
     )
-
-
-def _count(call: Call, emitted: Callable[[], EmittedText]) -> OwnCount:
-    template = call.model.chat_template
-    # The request's endpoint, not the call's: a message or a response went upstream as a chat completion.
-    endpoint = call.request.endpoint
-    if call.counted_usage is not None:
-        input_tokens: int | None = call.counted_usage.input_tokens
-    else:
-        input_tokens = count_input_tokens(call.request.json, endpoint=endpoint, chat_template=template)
-    output_tokens = 0 if endpoint == "embeddings" else count_output_tokens(emitted(), chat_template=template)
-    return OwnCount(input_tokens, output_tokens)
 
 
 def _compare(call: Call, reported: ReportedUsage, count: OwnCount, *, choices_count: int, telemetry: Telemetry) -> None:

@@ -11,6 +11,8 @@ CannotStartError                the gateway could not record usage, so it does n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -42,6 +44,11 @@ class GatewayError(Exception):
         self.type = type
         self.param = param
         self.headers = headers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle all of it: it may come from the process that tokenizes."""
+        build = partial(GatewayError, type=self.type, param=self.param, headers=self.headers)
+        return build, (self.status, self.code, self.message)
 
     def build_body(self) -> bytes:
         """Return the JSON body `{"error": {message, type, param, code}}`."""

@@ -152,6 +152,9 @@ class Telemetry:
             "Compared counts that differ by more than a token per choice of output, or at all of input.",
             (*audit, TOKEN_TYPE),
         )
+        self.tokenizer_restarts = self._add_counter(
+            "tokenizer_restarts_total", "Counting processes that ended and were started again."
+        )
         self.call_seconds = self._add_histogram(
             "call_duration_seconds", "Whole calls, from the request to the last byte.", (OPERATION, MODEL)
         )

@@ -1,12 +1,11 @@
 """`POST /tokenize`, in vLLM's shape: how many tokens a prompt or a conversation has, and which, by our own tokenizer.
 
-Nothing is forwarded, so nothing is metered. It runs on threads of its own, few of them, so that the counts that
-bills need never wait for it.
+Nothing is forwarded, so nothing is metered. Few texts at a time, and each of them behind the counts that bills need,
+which wait for one of these at most.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from typing import Any
 
@@ -16,6 +15,7 @@ from gateway.chat_templates import BEGIN, RENDERERS, build_header
 from gateway.contract.catalog_snapshot import ServedModelRecord
 from gateway.errors import RATE_LIMIT, SERVER, GatewayError
 from gateway.tokenizer import TEXT_CHARACTERS_MAX, TokenizerError, encode
+from gateway.tokenizer_client import run_in_tokenizer
 
 BODY_BYTES_MAX = 4 * 1024 * 1024
 # Requests at a time, of all tenants and of one.
@@ -24,11 +24,11 @@ RUNNING_PER_TENANT_MAX = 2
 
 
 class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
-    """vLLM's TokenizeResponse. `max_model_len` is the context window in tokens."""
+    """vLLM's TokenizeResponse. `max_model_len` is the context window in tokens; `tokens` are their ids."""
 
     count: int
     max_model_len: int
-    tokens: list[int]
+    tokens: msgspec.Raw
     token_strs: None = None
 
 
@@ -50,7 +50,9 @@ class Tokenization:
             )
         self._running[tenant_id] += 1
         try:
-            tokens = await asyncio.to_thread(lambda: encode(build_text(body, model.chat_template)))
+            count, tokens = await run_in_tokenizer(
+                tokenize_body, msgspec.json.encode(body), model.chat_template, can_wait=True
+            )
         except TokenizerError:
             message = "Texts cannot be tokenized: the gateway lacks its tokenizer."
             raise GatewayError(503, "tokenizer_unavailable", message, type=SERVER) from None
@@ -59,7 +61,13 @@ class Tokenization:
             raise _build_bad_request("The text cannot be tokenized.") from None
         finally:
             self._running[tenant_id] -= 1
-        return Tokenized(count=len(tokens), max_model_len=model.context_tokens_max, tokens=tokens)
+        return Tokenized(count=count, max_model_len=model.context_tokens_max, tokens=msgspec.Raw(tokens))
+
+
+def tokenize_body(body: bytes, chat_template: str) -> tuple[int, bytes]:
+    """Return the tokens of a request, their number and their ids as JSON: there may be two million."""
+    tokens = encode(build_text(msgspec.json.decode(body), chat_template))
+    return len(tokens), msgspec.json.encode(tokens)
 
 
 def build_text(body: dict[str, Any], chat_template: str) -> str:

@@ -14,21 +14,21 @@ Meta's community licence); none of its code is imported. Loading takes about 0.7
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import functools
 import hashlib
 import importlib.metadata
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tiktoken
+import msgspec
 
 from gateway.chat_templates import RENDERERS, build_tool_call_text
 from gateway.providers.base import EmittedText
+
+if TYPE_CHECKING:
+    import tiktoken
 
 RANKS_FILE = "llama_models/llama3/tokenizer.model"
 RANKS_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
@@ -56,8 +56,6 @@ _SPECIALS_COUNT = 256
 
 # Longer texts are not counted: more than any context window holds, and seconds of work.
 TEXT_CHARACTERS_MAX = 2_000_000
-PENDING_COUNTS_MAX = 1024
-_THREADS = 2
 # Text around the messages that is not in the body: the date header and the guidance for tools of Llama 3.1.
 _TEMPLATE_TOKENS_MAX = 256
 # Finish reasons after which servers count an end token that is not in the text.
@@ -68,8 +66,9 @@ class TokenizerError(Exception):
     """Root of this module's errors; each has a stable `code`.
 
     TokenizerError
-    ├── RanksNotFoundError    `llama-models` is not installed, or its file is not the expected one
-    └── TokenizerBusyError    too many counts are waiting; the call is recorded without one
+    ├── RanksNotFoundError           `llama-models` is not installed, or its file is not the expected one
+    ├── TokenizerBusyError           too many counts are waiting; the call is recorded without one
+    └── TokenizerUnavailableError    the process that counts is not there, or it ended over the text
     """
 
     code = "tokenizer_error"
@@ -82,9 +81,30 @@ class RanksNotFoundError(TokenizerError):
 
 
 class TokenizerBusyError(TokenizerError):
-    """PENDING_COUNTS_MAX counts are waiting already."""
+    """As many counts, or bytes of them, are waiting as may."""
 
     code = "tokenizer_busy"
+
+
+class TokenizerUnavailableError(TokenizerError):
+    """The process that counts does not start, or it ended twice while this was unanswered."""
+
+    code = "tokenizer_unavailable"
+
+
+def count_tokens(
+    body: bytes, emitted: EmittedText, endpoint: str, chat_template: str, input_tokens: int | None
+) -> tuple[int | None, int | None]:
+    """Return the input and output tokens of a call: of its request's body, unless they are known, and its answer."""
+    if input_tokens is None:
+        input_tokens = count_body_tokens(body, endpoint, chat_template)
+    output_tokens = 0 if endpoint == "embeddings" else count_output_tokens(emitted, chat_template=chat_template)
+    return input_tokens, output_tokens
+
+
+def count_body_tokens(body: bytes, endpoint: str, chat_template: str) -> int | None:
+    """Return the input tokens of a request's body, a JSON object."""
+    return count_input_tokens(msgspec.json.decode(body), endpoint=endpoint, chat_template=chat_template)
 
 
 def count_input_tokens(request: dict[str, Any], *, endpoint: str, chat_template: str) -> int | None:
@@ -158,6 +178,11 @@ def estimate_input_tokens(body_bytes: int) -> int:
 _load_lock = threading.Lock()
 
 
+def load_ranks() -> None:
+    """Have the ranks at hand from now on; raises RanksNotFoundError."""
+    load_encoding()
+
+
 def load_encoding() -> tiktoken.Encoding:
     """Return the Llama 3 encoding, read once per process; raises RanksNotFoundError."""
     with _load_lock:
@@ -166,6 +191,9 @@ def load_encoding() -> tiktoken.Encoding:
 
 @functools.cache
 def _read_encoding() -> tiktoken.Encoding:
+    # Only where it is used: a worker of the gateway asks its counting process instead (`tokenizer_client.py`).
+    import tiktoken
+
     data = _find_ranks_file().read_bytes()
     if hashlib.sha256(data).hexdigest() != RANKS_SHA256:
         raise RanksNotFoundError(f"{RANKS_FILE} of llama-models is not the expected file: install llama-models 0.3.0")
@@ -218,33 +246,3 @@ def _count_prompt(text: str) -> int | None:
     """Return the tokens of one text with the begin-of-text token that servers put in front of it."""
     count = count_text(text)
     return None if count is None else count + 1
-
-
-class _CountingPool:
-    """Threads that count. tiktoken releases the interpreter while it encodes, so the event loop goes on."""
-
-    def __init__(self) -> None:
-        self.executor = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="tokenizer")
-        self.pending_count = 0
-
-
-@functools.cache
-def _get_pool() -> _CountingPool:
-    return _CountingPool()
-
-
-async def run_in_tokenizer_thread[**P, R](function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Await `function(*args, **kwargs)` on a counting thread; raises TokenizerBusyError rather than queue without end.
-
-    >>> asyncio.run(run_in_tokenizer_thread(count_text, "Hi"))
-    1
-    """
-    pool = _get_pool()
-    if pool.pending_count >= PENDING_COUNTS_MAX:
-        raise TokenizerBusyError(f"{PENDING_COUNTS_MAX} token counts are waiting")
-    pool.pending_count += 1
-    try:
-        call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(pool.executor, call)
-    finally:
-        pool.pending_count -= 1

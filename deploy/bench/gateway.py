@@ -2,8 +2,9 @@
 
 Everything is on: authentication, limits, holds, durable settles. Redis (append-only file), the gateway, nginx and a
 small compiled upstream are started here; wrk sends the calls. CPU is that of the proxy's processes, from
-/proc/<pid>/stat, divided by the calls that the upstream counted. `sent - recorded` compares the upstream's count with
-the events in Redis and must be 0, as must the holds that are left.
+/proc/<pid>/stat, divided by the calls that the upstream counted; the gateway's are the workers and what counts tokens
+for them. `sent - recorded` compares the upstream's count with the events in Redis and must be 0, as must the holds that
+are left.
 """
 
 from __future__ import annotations
@@ -90,11 +91,12 @@ HALF_LOAD_CONNECTIONS = 64
 
 @dataclass(frozen=True)
 class Proxy:
-    """What is measured: where it listens and which processes' CPU counts."""
+    """What is measured: where it listens and which processes' CPU counts. `helpers` count tokens for `pids`."""
 
     name: str
     port: int
     pids: tuple[int, ...]
+    helpers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,10 @@ def run(options: argparse.Namespace, folder: Path, servers: ExitStack) -> dict:
     for workers in options.workers:
         environ["TOLLBOOK_GATEWAY_WORKERS"] = str(workers)
         with start([sys.executable, "-m", "gateway"], folder, port=gateway_port, environ=environ) as gateway_pid:
-            wait_until(lambda: len(list_children(gateway_pid)) == workers)  # noqa: B023 (waited for here)
-            gateway = Proxy("gateway", gateway_port, tuple(list_children(gateway_pid)))
+            wait_until(lambda: count_grandchildren(gateway_pid) == [1] * workers)  # noqa: B023 (waited for here)
+            pids = tuple(list_children(gateway_pid))
+            helpers = tuple(helper for pid in pids for helper in list_children(pid))
+            gateway = Proxy("gateway", gateway_port, pids, helpers)
             run = Run(client, load, direct=direct, nginx=nginx, gateway=gateway, redis_pid=server.pid)
             runs.append(run.measure(options))
     return {"appendfsync": options.appendfsync, "load_average": os.getloadavg()[0], "runs": runs}
@@ -226,7 +230,7 @@ class Run:
         return measurement
 
     def _read_rss_mb(self) -> list[int]:
-        return [read_rss_mb(pid) for pid in self._gateway.pids]
+        return [read_rss_mb(pid) for pid in (*self._gateway.pids, *self._gateway.helpers)]
 
 
 class Load:
@@ -264,10 +268,11 @@ class Load:
         script.write_text(text)
         url = f"http://127.0.0.1:{proxy.port}/v1/chat/completions"
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url]
-        served, cpu_us = self.read_served(), read_cpu_us(proxy.pids)
+        pids = (*proxy.pids, *proxy.helpers)
+        served, cpu_us = self.read_served(), read_cpu_us(pids)
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         time.sleep(0.2)
-        served, cpu_us = self.read_served() - served, read_cpu_us(proxy.pids) - cpu_us
+        served, cpu_us = self.read_served() - served, read_cpu_us(pids) - cpu_us
         rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
         refused = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
         return Measurement(
@@ -322,7 +327,8 @@ def _render_run(run: dict) -> list[str]:
         f"chunk           {chunk['gateway']:.1f} µs = {_divide(chunk)} x nginx",
         f"added latency   p50 {half['p50_ms'] - base['p50_ms']:.2f} ms, p99 {half['p99_ms'] - base['p99_ms']:.2f} ms",
         f"sent - recorded {run['sent_minus_recorded']} (of {run['sent']}), holds left {run['holds_left']}",
-        f"memory          {run['rss_mb_at_start']} -> {run['rss_mb_at_end']} MB after {run['sent']} calls",
+        f"memory          {run['rss_mb_at_start']} -> {run['rss_mb_at_end']} MB after {run['sent']} calls "
+        "(workers, then their counting processes)",
     ]
 
 
@@ -421,6 +427,11 @@ def is_listening(port: int) -> bool:
 def list_children(pid: int) -> list[int]:
     """Return the ids of a process's children."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def count_grandchildren(pid: int) -> list[int]:
+    """Return how many children each child of a process has."""
+    return [len(list_children(child)) for child in list_children(pid)]
 
 
 def read_cpu_us(pids: tuple[int, ...]) -> float:

@@ -14,12 +14,13 @@ from typing import Any
 import openai
 import pytest
 
-from gateway import tokenizer
 from gateway.contract.catalog_snapshot import ServedModelRecord
 from gateway.errors import GatewayError
 from gateway.tokenization import BODY_BYTES_MAX, Tokenization, build_text
 from gateway.tokenizer import TEXT_CHARACTERS_MAX, encode
+from gateway.tokenizer_client import run_in_tokenizer
 from tests.fakes.gateway_stack import MODEL, Catalog, read_events, read_stats
+from tests.fakes.tokenizing import lose_ranks, run_with_tokenizer
 from tests.gateway import hugging_face_tokenizer
 from tests.gateway.conftest import Stack
 
@@ -139,7 +140,7 @@ def test_two_of_a_tenant_and_four_in_all_are_tokenized_at_a_time() -> None:
             answer = await tokenization.tokenize(body, model, tenant_id=tenant_id)
         except GatewayError as error:
             return (error.status, error.type) if error.code == "tokenizer_busy" else error.code
-        return f"{answer.count} {answer.tokens} {answer.max_model_len}"
+        return f"{answer.count} {json.loads(bytes(answer.tokens))} {answer.max_model_len}"
 
     async def run(*tenants: int, body: dict) -> list[str | tuple[int, str]]:
         return await asyncio.gather(*(ask(tenant_id, body) for tenant_id in tenants))
@@ -148,14 +149,16 @@ def test_two_of_a_tenant_and_four_in_all_are_tokenized_at_a_time() -> None:
     answered = ({"prompt": "Hi"}, "2 [128000, 13347] 8192")
     for body, outcome in (({"prompt": 1}, "invalid_tokenize_request"), answered, answered):
         busy = (429, "rate_limit_error")
-        assert asyncio.run(run(1, 1, 1, 2, 3, 4, body=body)) == [outcome, outcome, busy, outcome, outcome, busy]
+        assert run_with_tokenizer(run(1, 1, 1, 2, 3, 4, body=body)) == [outcome, outcome, busy, outcome, outcome, busy]
 
 
-def test_without_its_ranks_it_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "RANKS_SHA256", "")
-    tokenizer._read_encoding.cache_clear()
+def test_without_its_ranks_it_is_503() -> None:
+    async def tokenize_without_ranks() -> None:
+        await run_in_tokenizer(lose_ranks)
+        await Tokenization().tokenize({"prompt": "Hi"}, build_model(), tenant_id=1)
+
     with pytest.raises(GatewayError) as caught:
-        asyncio.run(Tokenization().tokenize({"prompt": "Hi"}, build_model(), tenant_id=1))
+        run_with_tokenizer(tokenize_without_ranks())
     assert (caught.value.status, caught.value.code, caught.value.type) == (503, "tokenizer_unavailable", "server_error")
 
 

@@ -4,9 +4,7 @@
 `input_tokens` is Hugging Face `tokenizers`' count of it.
 """
 
-import asyncio
 import json
-import threading
 import time
 from pathlib import Path
 
@@ -147,56 +145,6 @@ def test_estimate_is_an_upper_bound():
     for case in GOLDEN:
         body = json.dumps(case["request"], ensure_ascii=False, separators=(",", ":")).encode()
         assert tokenizer.estimate_input_tokens(len(body)) >= case["input_tokens"], case["name"]
-
-
-def test_counting_runs_off_the_event_loop():
-    async def count():
-        names = await asyncio.gather(
-            *(tokenizer.run_in_tokenizer_thread(lambda: threading.current_thread().name) for _ in range(8))
-        )
-        return await tokenizer.run_in_tokenizer_thread(tokenizer.count_text, "Hi"), names
-
-    counted, names = asyncio.run(count())
-    assert counted == 1
-    assert all(name.startswith("tokenizer") for name in names)
-
-
-def test_the_event_loop_goes_on_while_a_huge_prompt_is_counted():
-    text = " ".join(map(str, range(280_000)))
-
-    async def count():
-        await tokenizer.run_in_tokenizer_thread(tokenizer.load_encoding)
-        counting = asyncio.ensure_future(tokenizer.run_in_tokenizer_thread(tokenizer.count_text, text))
-        gaps_s = []
-        while not counting.done():
-            started_at = time.monotonic()
-            await asyncio.sleep(0.001)
-            gaps_s.append(time.monotonic() - started_at)
-        return await counting, gaps_s
-
-    counted, gaps_s = asyncio.run(count())
-    # Three digits a token, and the blanks between the numbers.
-    assert counted == 1_000 + 2 * 279_000 + 279_999
-    # It takes half a second and more, of which the loop misses the moments in which the result is handed over.
-    assert sum(gaps_s) > 0.1
-    assert max(gaps_s) < sum(gaps_s) / 4
-
-
-def test_waiting_counts_are_bounded():
-    async def overload():
-        release = threading.Event()
-        waiting = [
-            asyncio.ensure_future(tokenizer.run_in_tokenizer_thread(release.wait, 10))
-            for _ in range(tokenizer.PENDING_COUNTS_MAX)
-        ]
-        await asyncio.sleep(0)
-        with pytest.raises(tokenizer.TokenizerBusyError):
-            await tokenizer.run_in_tokenizer_thread(tokenizer.count_text, "Hi")
-        release.set()
-        assert await asyncio.gather(*waiting) == [True] * tokenizer.PENDING_COUNTS_MAX
-        return await tokenizer.run_in_tokenizer_thread(tokenizer.count_text, "Hi")
-
-    assert asyncio.run(overload()) == 1
 
 
 def test_altered_ranks_are_refused(monkeypatch, tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 import time_machine
 
@@ -13,6 +11,7 @@ from gateway.counting import judge_usage
 from gateway.providers import get_provider, list_provider_kinds
 from gateway.providers.base import CallRequest, CallResult
 from tests.fakes.gateway_stack import Catalog
+from tests.fakes.tokenizing import run_with_tokenizer
 from tests.gateway.providers.calls import build_chat_call
 from tests.gateway.providers.recorded_streams import RECORDINGS, counted
 
@@ -76,7 +75,7 @@ def test_a_stream_cut_at_any_byte_is_a_prefix_and_is_billed_what_was_said(name: 
             relayed_before = relayed
         assert seen == len(recording.steps)
 
-    asyncio.run(check())
+    run_with_tokenizer(check())
 
 
 @pytest.mark.parametrize("name", RECORDINGS)
