@@ -8,7 +8,7 @@ JOBS ?= 2
 MYPY_PATHS := gateway deploy/embedded $(wildcard */core)
 
 .DEFAULT_GOAL := help
-.PHONY: help install compile demo test lint format bench bench-gateway bench-metering bench-ingestion bench-ledger soak lock clean
+.PHONY: help install compile demo test test-compiled lint format bench bench-gateway bench-metering bench-ingestion bench-ledger soak lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,15 +19,19 @@ $(INSTALLED): $(LOCKS) deploy/install.sh .python-version
 	@PYTHON="$(PYTHON)" sh deploy/install.sh
 	@touch $@
 
-compile: $(INSTALLED)  ## Compile the gateway: it then needs half the processor time (takes two minutes)
+compile: $(INSTALLED)  ## Compile the gateway: less processor time for each call (takes two minutes)
 	@$(PYTHON_IN_VENV) -m deploy.compile_gateway
 
 demo: $(INSTALLED)  ## Run the whole system on embedded servers with real traffic, until Ctrl-C (ONCE=1: end by itself)
 	$(PYTHON_IN_VENV) manage.py demo $(if $(ONCE),--once)
 
-test: lint compile  ## Run all checks and all tests (JOBS=2 processes)
+test: lint  ## Run all checks and all tests (JOBS=2 processes)
 	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) -m "not serial"
 	$(PYTHON_IN_VENV) -m pytest -m serial
+
+test-compiled: compile  ## Run the tests of the gateway on the compiled one
+	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) -m "not serial" tests/gateway tests/deploy
+	$(PYTHON_IN_VENV) -m pytest -m serial tests/gateway
 
 lint: $(INSTALLED)  ## Check format, style, types and import arrows
 	$(PYTHON_IN_VENV) -m ruff check .

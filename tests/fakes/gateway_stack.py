@@ -236,7 +236,7 @@ def build_gateway(folder: Path, redis_url: str, *, workers: int = 1, **environ: 
         "GATEWAY_PORT": str(port),
         "GATEWAY_WORKERS": str(workers),
         "GATEWAY_AUDIT_PERMILLE": "0",
-        # What runs in production is tested: the compiled gateway, where `make compile` has made it of these sources.
+        # The compiled gateway, where `make compile` has made it of these sources (`make test-compiled`).
         "GATEWAY_COMPILED_DIR": str(find_compiled() or ""),
         "METRICS_TOKEN": METRICS_TOKEN,
         **environ,
