@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 from django import forms
@@ -11,11 +11,13 @@ from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils import timezone
+from django.utils.formats import date_format
 from unfold.contrib.filters.admin import RelatedDropdownFilter
 from unfold.decorators import action, display
 from unfold.widgets import (
     UnfoldAdminDateWidget,
     UnfoldAdminSelectMultipleWidget,
+    UnfoldAdminSelectWidget,
     UnfoldAdminTextInputWidget,
 )
 
@@ -24,7 +26,7 @@ from billing.admin.configuration import ConfigurationAdmin
 from billing.admin.limits import LIMIT_FIELDS, LimitsForm
 from billing.admin.operations import Operation, get_target, run_operation
 from billing.models import ApiKey, ServedModel, Tenant
-from billing.services.api_keys import issue_api_key, revoke_api_key
+from billing.services.api_keys import issue_api_key, revoke_api_key, rotate_api_key
 
 STATE_COLOURS = {"live": "success", "expired": "warning", "revoked": "danger"}
 
@@ -65,6 +67,25 @@ class IssueKeyForm(forms.Form):
     )
 
 
+class RotateKeyForm(forms.Form):
+    """How long the old key works on, and the new one."""
+
+    overlap_h = forms.TypedChoiceField(
+        label="The old key works on for",
+        choices=[(0, "no time: it ends now"), (1, "1 hour"), (24, "1 day"), (7 * 24, "7 days"), (30 * 24, "30 days")],
+        coerce=int,
+        initial=7 * 24,
+        help_text="until the tenant has put the new key in all places",
+        widget=UnfoldAdminSelectWidget,
+    )
+    expires_on = forms.DateField(
+        label="The new key expires on",
+        required=False,
+        help_text="refused from the start of this day, UTC; empty: never",
+        widget=UnfoldAdminDateWidget(attrs={"type": "date"}),
+    )
+
+
 class ApiKeyInline(ListedInline):
     """A tenant's keys."""
 
@@ -89,13 +110,13 @@ class ApiKeyAdmin(ConfigurationAdmin):
     list_filter_submit = True
     list_select_related = ("tenant__party",)
     search_fields = ("public_id", "name", "tenant__party__slug")
-    actions_detail = ("revoke_page",)
+    actions_detail = ("rotate_page", "revoke_page")
     fieldsets = (
         (None, {"fields": (("prefix", "tenant"), ("name", "expires_at"), "served_models")}),
         ("Limits: empty means none", {"fields": LIMIT_FIELDS}),
-        ("History", {"fields": (("created_at", "revoked_at"),)}),
+        ("History", {"fields": (("created_at", "revoked_at"), ("rotated_from", "successor"))}),
     )
-    readonly_fields = ("prefix", "tenant", "created_at", "revoked_at")
+    readonly_fields = ("prefix", "tenant", "created_at", "revoked_at", "rotated_from", "successor")
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -111,6 +132,50 @@ class ApiKeyAdmin(ConfigurationAdmin):
     @display(description="served models")
     def models(self, key: ApiKey) -> str:
         return ", ".join(key.served_models) if key.served_models else "all"
+
+    @display(description="followed by")
+    def successor(self, key: ApiKey) -> str:
+        return ", ".join(f"{one} ({get_state(one)})" for one in key.successors.all()) or "—"
+
+    def has_rotate_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        may = request.user.has_perms(("billing.add_apikey", "billing.change_apikey"))
+        key = ApiKey.objects.filter(pk=object_id).first() if may else None
+        return key is not None and get_state(key) == "live" and not key.successors.filter(revoked_at=None).exists()
+
+    @action(description="Rotate…", icon="autorenew", url_path="rotate", permissions=["rotate"])
+    def rotate_page(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """Give a key a successor and show it once."""
+        key = get_target(self, request, object_id)
+
+        def perform(cleaned: dict[str, Any]) -> HttpResponse:
+            expires_on = cleaned["expires_on"]
+            rotation = rotate_api_key(
+                key.public_id,
+                overlap=timedelta(hours=cleaned["overlap_h"]),
+                expires_at=_start_of_day_utc(expires_on) if expires_on else None,
+                actor=request.user,
+            )
+            assert rotation.api_key is not None
+            return _show_key(self, request, rotation.successor, rotation.api_key)
+
+        return run_operation(
+            self,
+            request,
+            key,
+            Operation(
+                title=f"Rotate {key}",
+                explanation="The next page shows, once, a new key with the same scopes and limits. Both work until the "
+                "old one ends.",
+                button="Rotate",
+                perform=perform,
+                form_class=RotateKeyForm,
+                facts=(
+                    ("Tenant", key.tenant.party.name),
+                    ("Name", key.name or "—"),
+                    ("Expires", date_format(key.expires_at, "DATETIME_FORMAT") if key.expires_at else "never"),
+                ),
+            ),
+        )
 
     def has_revoke_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         may = request.user.has_perm("billing.change_apikey")
@@ -152,17 +217,7 @@ def run_issue_key(model_admin: Any, request: HttpRequest, tenant: Tenant) -> Htt
             expires_at=_start_of_day_utc(expires_on) if expires_on else None,
             actor=request.user,
         )
-        context = {
-            **model_admin.admin_site.each_context(request),
-            "title": f"The new key of {tenant.party.name}",
-            "tenant": tenant,
-            "row": row,
-            "api_key": api_key,
-            "back": reverse("admin:billing_tenant_change", args=[tenant.pk]),
-        }
-        response = TemplateResponse(request, "billing/issued_key.html", context)
-        response["Cache-Control"] = "no-store"
-        return response
+        return _show_key(model_admin, request, row, api_key)
 
     return run_operation(
         model_admin,
@@ -176,6 +231,19 @@ def run_issue_key(model_admin: Any, request: HttpRequest, tenant: Tenant) -> Htt
             form_class=IssueKeyForm,
         ),
     )
+
+
+def _show_key(model_admin: Any, request: HttpRequest, row: ApiKey, api_key: str) -> HttpResponse:
+    context = {
+        **model_admin.admin_site.each_context(request),
+        "title": f"The new key of {row.tenant.party.name}",
+        "row": row,
+        "api_key": api_key,
+        "back": reverse("admin:billing_tenant_change", args=[row.tenant_id]),
+    }
+    response = TemplateResponse(request, "billing/issued_key.html", context)
+    response["Cache-Control"] = "no-store"
+    return response
 
 
 def _start_of_day_utc(day: date) -> datetime:

@@ -106,7 +106,10 @@ class Provider(models.Model):
 
 
 class ApiKey(LimitedTable):
-    """A tenant's credential. Only its keyed hash is stored; the public id finds it and is shown."""
+    """A tenant's credential. Only its keyed hash is stored; the public id finds it and is shown.
+
+    A key that was rotated works on for a while beside its successor, of which one at a time is not revoked.
+    """
 
     tenant = models.ForeignKey(Tenant, models.PROTECT, related_name="api_keys")
     public_id = models.CharField(max_length=16, unique=True, editable=False)
@@ -117,10 +120,26 @@ class ApiKey(LimitedTable):
     created_at = models.DateTimeField(auto_now_add=True)
     expires_at = models.DateTimeField(null=True, blank=True)
     revoked_at = models.DateTimeField(null=True, blank=True, editable=False)
+    rotated_from = models.ForeignKey(
+        "self", models.PROTECT, null=True, blank=True, editable=False, related_name="successors"
+    )
+    rotation_key = models.CharField(max_length=100, blank=True, editable=False, help_text="idempotency key")
+    overlap_s = models.PositiveIntegerField(null=True, editable=False, help_text="asked for when it was rotated")
 
     class Meta(LimitedTable.Meta):
         verbose_name = "API key"
         ordering = ("-created_at",)
+        constraints = (
+            *LimitedTable.Meta.constraints,
+            models.UniqueConstraint(
+                fields=("rotated_from",), condition=models.Q(revoked_at=None), name="api_key_one_live_successor"
+            ),
+            models.UniqueConstraint(
+                fields=("rotated_from", "rotation_key"),
+                condition=~models.Q(rotation_key=""),
+                name="api_key_rotated_once",
+            ),
+        )
 
     def __str__(self) -> str:
         return f"sk-tb-{self.public_id}-…"

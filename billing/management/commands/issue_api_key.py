@@ -31,7 +31,7 @@ class Command(BaseCommand):
                 slug,
                 name=options["name"],
                 served_models=[name.strip() for name in models.split(",")] if models else None,
-                expires_at=_parse_instant(expires) if expires else None,
+                expires_at=parse_instant(expires) if expires else None,
                 actor_name="manage.py issue_api_key",
             )
         except BillingError as error:
@@ -42,7 +42,8 @@ class Command(BaseCommand):
             self.stdout.write(f"{api_key}\nkey id: {row.public_id} (keep the key: it cannot be shown again)")
 
 
-def _parse_instant(text: str) -> dt.datetime:
+def parse_instant(text: str) -> dt.datetime:
+    """Read what --expires says; raises CommandError."""
     try:
         instant = parse_datetime(text)
     except ValueError:

@@ -4,6 +4,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 
 import pytest
+import time_machine
 from django.contrib.auth.models import User
 from django.contrib.messages import get_messages
 from django.db import IntegrityError, transaction
@@ -90,6 +91,32 @@ def test_key_is_revoked_for_good(house, operator):
     assert key.revoked_at is not None
     assert get_last_act() == ("revoke_api_key", "oscar")
     assert url_of(ApiKey, "revoke_page", key.pk) not in operator.get(response.url).content.decode()
+
+
+def test_a_key_is_rotated_and_the_new_one_is_shown_once(house, operator, settings):
+    old, _ = issue_api_key("acme", name="ci", actor_name="test")
+    url = url_of(ApiKey, "rotate_page", old.pk)
+    assert url in operator.get(url_of(ApiKey, "change", old.pk)).content.decode()
+    with time_machine.travel("2026-11-24T12:00:00Z", tick=False):
+        response = operator.post(url, {"overlap_h": "24", "expires_on": "2027-02-01"})
+    assert "no-store" in response["Cache-Control"]
+    new = ApiKey.objects.get(rotated_from=old)
+    api_key, page = response.context["api_key"], response.content.decode()
+    assert compute_key_hash(api_key, settings.API_KEY_PEPPER) == bytes(new.key_hash)
+    assert api_key in page
+    assert f"{old}, which works until 2026-11-25 12:00" in page
+    old.refresh_from_db()
+    assert (old.expires_at, new.expires_at) == (
+        datetime(2026, 11, 25, 12, tzinfo=UTC),
+        datetime(2027, 2, 1, tzinfo=UTC),
+    )
+    assert get_last_act() == ("rotate_api_key", "oscar")
+    # Sent again, it makes no third key, and the page of the old one says what follows it.
+    assert operator.post(url, {"overlap_h": "24"}).status_code == 403
+    page = operator.get(url_of(ApiKey, "change", old.pk)).content.decode()
+    assert f"{new} (live)" in page
+    assert url not in page
+    assert ApiKey.objects.count() == 2
 
 
 def test_limits_of_a_key_are_kept_in_nano_currency(house, operator):

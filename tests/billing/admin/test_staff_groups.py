@@ -113,6 +113,7 @@ def test_auditor_reads_every_page_and_is_refused_every_act(house, auditor):
         url_of(SettlementPeriod, "close_page", november.pk),
         url_of(Tenant, "issue_key_page", tenant.pk),
         url_of(Tenant, "change", tenant.pk),
+        url_of(ApiKey, "rotate_page", key.pk),
         url_of(ApiKey, "revoke_page", key.pk),
         url_of(Contract, "end_page", tenant.contracts.get().pk),
     ):
@@ -138,7 +139,9 @@ def test_operator_issues_keys_but_does_not_touch_money(house, operator):
 
 
 def test_finance_does_not_issue_keys(house, finance):
+    key, _ = issue_api_key("acme", actor_name="test")
     assert finance.post(url_of(Tenant, "issue_key_page", Tenant.objects.first().pk), {}).status_code == 403
+    assert finance.post(url_of(ApiKey, "rotate_page", key.pk), {"overlap_h": "24"}).status_code == 403
 
 
 def test_staff_without_a_group_see_no_figures(house):
