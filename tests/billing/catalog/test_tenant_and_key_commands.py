@@ -235,7 +235,7 @@ def test_a_repeat_under_an_idempotency_key_makes_no_second_successor(noon):
     run("revoke_api_key", lost["key_id"])
     assert run("rotate_api_key", old_id)["key_id"] != lost["key_id"]
     assert run("rotate_api_key", run("issue_api_key", "acme")["key_id"], "--idempotency-key=november")["is_new"]
-    assert AuditRecord.objects.filter(action="rotate_api_key").count() == 3
+    assert AuditRecord.objects.filter(action="rotate_api_key").count() == 4
 
 
 def test_a_dry_run_rotates_nothing_and_shows_no_key(noon):
