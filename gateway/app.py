@@ -21,7 +21,7 @@ from gateway.authentication import Authenticator, check_scope
 from gateway.background import keep_running
 from gateway.call_records import Call
 from gateway.calls import read_labels
-from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord
+from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord, UpstreamRecord
 from gateway.counting import count_live_streams
 from gateway.endpoints.dialect import Dialect
 from gateway.endpoints.translated_exchange import DIALECTS, TranslatedExchange, send_error, translate_request
@@ -321,15 +321,24 @@ class GatewayApp:
             labels=read_labels(request.json, client_request_id=request_id),
         )
 
-        def run(outlet: Exchange) -> Coroutine[Any, Any, None]:
-            if dialect is not None:
-                outlet = TranslatedExchange(outlet, call, dialect=dialect, asked=asked)
-            return relay.Relay(self._parts, outlet, call).run(offer.upstreams)
-
         if idempotency.HEADER in exchange.headers:
+            run = partial(self._run_call, call, offer.upstreams, dialect, asked)
             await self._idempotency.serve(exchange, call, run)
         else:
-            await run(exchange)
+            await self._run_call(call, offer.upstreams, dialect, asked, exchange)
+
+    def _run_call(
+        self,
+        call: Call,
+        upstreams: tuple[UpstreamRecord, ...],
+        dialect: Dialect | None,
+        asked: dict[str, Any],
+        outlet: Exchange,
+    ) -> Coroutine[Any, Any, None]:
+        """Return the run of a call that answers through `outlet`; `asked` is the body as its dialect has it."""
+        if dialect is not None:
+            outlet = TranslatedExchange(outlet, call, dialect=dialect, asked=asked)
+        return relay.Relay(self._parts, outlet, call).run(upstreams)
 
     async def _serve_models(self, exchange: Exchange) -> None:
         data = [_describe_model(offer.model) for offer in exchange.catalog.list_offers(exchange.caller)]

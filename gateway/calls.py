@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from datetime import datetime
+from typing import Final
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -16,12 +17,13 @@ from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, UsageEven
 from gateway.providers.base import ReportedUsage
 from gateway.snapshot_reader import Catalog, PartitionKeys
 
-TOKENS_PER_PRICE_UNIT = 1_000_000
+TOKENS_PER_PRICE_UNIT: Final = 1_000_000
+NANO: Final = 1_000_000_000
 ATTEMPT_COMPLETED = "completed"
 # Bounds of what strangers can put into an event.
 TEXT_LENGTH_MAX = 256
 CODE_LENGTH_MAX = 64
-US_PER_HOUR = 3_600_000_000
+US_PER_HOUR: Final = 3_600_000_000
 # The offsets of all zones are multiples of it, so that months begin on one.
 S_PER_QUARTER = 900
 
@@ -59,8 +61,10 @@ def format_nano(nano: int, currency: str) -> str:
     >>> format_nano(450_000, "USD")
     '0.00045 USD'
     """
-    text = f"{nano // 10**9}.{nano % 10**9:09d}".rstrip("0").rstrip(".")
-    return f"{text} {currency}"
+    units, rest = divmod(nano, NANO)
+    if not rest:
+        return f"{units} {currency}"
+    return f"{units}.{str(NANO + rest)[1:].rstrip('0')} {currency}"
 
 
 def get_month(occurred_at_us: int) -> str:

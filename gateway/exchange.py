@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from gateway.contract.usage_event import build_call_id
+from gateway.contract.call_id import build_call_id
 from gateway.errors import GatewayError
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import msgspec
 
 from gateway.call_records import HoldRecord
 from gateway.calls import TOKENS_PER_PRICE_UNIT
+from gateway.contract.call_id import get_call_id_ms
 from gateway.contract.catalog_snapshot import PriceRecord
 from gateway.contract.receipt import (
     Receipt,
@@ -28,7 +29,7 @@ from gateway.contract.receipt import (
 )
 from gateway.contract.streams import EVENT_FIELD
 from gateway.contract.token_kind import Outcome, TokenKind, UsageSource, split_token_kinds
-from gateway.contract.usage_event import Attempt, UsageEvent, from_wire, get_call_id_ms
+from gateway.contract.usage_event import Attempt, UsageEvent, from_wire
 from gateway.errors import (
     SERVER,
     GatewayError,

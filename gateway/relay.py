@@ -51,7 +51,7 @@ from gateway.providers.upstream_errors import build_invalid_answer
 from gateway.routing import CircuitBreakers, list_candidates
 from gateway.settings import Settings
 from gateway.telemetry import OPERATIONS, Telemetry
-from gateway.upstream import Origin, UpstreamConnection, UpstreamPool, parse_origin, read_credential
+from gateway.upstream import UpstreamConnection, UpstreamPool, read_credential
 
 log = logging.getLogger("gateway.relay")
 
@@ -76,7 +76,6 @@ class RelayParts:
     telemetry: Telemetry
     settings: Settings
     in_flight: dict[str, Call] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)
 
 
 class NotForwardedError(Exception):
@@ -210,9 +209,7 @@ class Relay:
             raise build_misconfigured()
         try:
             # First of all: what a provider says of a URL that cannot be read may show a part of it.
-            origin = parts.origins.get(upstream.base_url)
-            if origin is None:
-                origin = parts.origins[upstream.base_url] = parse_origin(upstream.base_url)
+            origin = parts.pool.find_origin(upstream.base_url)
             request = provider.build_request(call.request, upstream, credential)
         except ProviderError as error:
             failure = UpstreamFailure(400, error.code, "invalid_request_error", str(error), is_retryable=True)

@@ -14,7 +14,7 @@ import msgspec
 from gateway.background import keep_running
 from gateway.call_records import Call, HoldRecord, ProgressRecord
 from gateway.calls import build_abandoned_settlement, build_progress
-from gateway.contract.usage_event import get_call_id_ms
+from gateway.contract.call_id import get_call_id_ms
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
 from gateway.event_log import EventLog, replay_records
 from gateway.redis_connection import RedisConnection, Script

@@ -7,12 +7,10 @@ which costs less than a timer per call.
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import ssl
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,20 +30,18 @@ TICK_S = 0.25
 RESPONSE_HEADER_BYTES_MAX = 64 * 1024
 
 
-@dataclass(frozen=True)
 class Origin:
-    """Where an upstream listens."""
+    """Where an upstream listens, and the connections to it that wait for a call. `host_line` is the header `host`."""
 
-    host: str
-    port: int
-    is_tls: bool
-
-    @functools.cached_property
-    def host_line(self) -> bytes:
-        """The header `host`, without a default port."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        is_default = self.port == (443 if self.is_tls else 80)
-        return f"host: {host if is_default else f'{host}:{self.port}'}\r\n".encode()
+    def __init__(self, host: str, port: int, *, is_tls: bool) -> None:
+        self.host = host
+        self.port = port
+        self.is_tls = is_tls
+        self.idle: deque[UpstreamConnection] = deque()
+        name = f"[{host}]" if ":" in host else host
+        if port != (443 if is_tls else 80):
+            name = f"{name}:{port}"
+        self.host_line = f"host: {name}\r\n".encode()
 
 
 def parse_origin(base_url: str) -> Origin:
@@ -63,7 +59,7 @@ def parse_origin(base_url: str) -> Origin:
     if "@" in parts.netloc:
         raise ValueError("the base URL has a user or a password: a credential belongs into the environment")
     is_tls = parts.scheme == "https"
-    return Origin(parts.hostname, port or (443 if is_tls else 80), is_tls)
+    return Origin(parts.hostname, port or (443 if is_tls else 80), is_tls=is_tls)
 
 
 def read_credential(upstream: UpstreamRecord) -> str:
@@ -352,20 +348,28 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class UpstreamPool:
-    """Idle connections by origin, and the clock of the active ones."""
+    """Idle connections, and the clock of the active ones."""
 
     def __init__(self) -> None:
         self.active: set[UpstreamConnection] = set()
-        self._idle: dict[Origin, deque[UpstreamConnection]] = {}
+        self._by_base_url: dict[str, Origin] = {}
+        # All that ever had a connection.
+        self._origins: set[Origin] = set()
         self._loop = asyncio.get_running_loop()
         self._tls = ssl.create_default_context()
         self._task = self._loop.create_task(keep_running(self._tick))
 
+    def find_origin(self, base_url: str) -> Origin:
+        """Return the origin of a base URL, the same one each time; raises ValueError as `parse_origin` does."""
+        origin = self._by_base_url.get(base_url)
+        if origin is None:
+            origin = self._by_base_url[base_url] = parse_origin(base_url)
+        return origin
+
     def take(self, origin: Origin) -> UpstreamConnection | None:
         """Return an idle connection, if there is one. The upstream may just have closed it."""
-        idle = self._idle.get(origin)
-        while idle:
-            connection = idle.pop()
+        while origin.idle:
+            connection = origin.idle.pop()
             if connection.is_usable:
                 connection.mark_reused()
                 return connection
@@ -373,6 +377,7 @@ class UpstreamPool:
 
     async def connect(self, origin: Origin) -> UpstreamConnection:
         """Return a new connection; raises UpstreamConnectionError."""
+        self._origins.add(origin)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _transport, connection = await self._loop.create_connection(
@@ -387,7 +392,7 @@ class UpstreamPool:
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Take an idle connection back."""
-        idle = self._idle.setdefault(connection._origin, deque())
+        idle = connection._origin.idle
         connection.idle_since = self._loop.time()
         idle.append(connection)
         if len(idle) > IDLE_PER_HOST_MAX:
@@ -395,16 +400,16 @@ class UpstreamPool:
 
     def forget(self, connection: UpstreamConnection) -> None:
         """Drop an idle connection that the peer has closed."""
-        idle = self._idle.get(connection._origin)
-        if idle is not None and connection in idle:
+        idle = connection._origin.idle
+        if connection in idle:
             idle.remove(connection)
 
     async def close(self) -> None:
         """Close everything."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        for idle in self._idle.values():
-            for connection in tuple(idle):
+        for origin in self._origins:
+            for connection in tuple(origin.idle):
                 connection.abort()
         for connection in tuple(self.active):
             connection.abort()
@@ -416,6 +421,6 @@ class UpstreamPool:
             for connection in tuple(self.active):
                 if now > connection.deadline and connection.is_awaited:
                     connection.fail("upstream_timeout", "The upstream did not answer in time.")
-            for idle in self._idle.values():
-                while idle and now - idle[0].idle_since > IDLE_S:
-                    idle.popleft().abort()
+            for origin in self._origins:
+                while origin.idle and now - origin.idle[0].idle_since > IDLE_S:
+                    origin.idle.popleft().abort()

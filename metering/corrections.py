@@ -19,8 +19,8 @@ import msgspec
 from django.db import IntegrityError, transaction
 
 from gateway.contract import usage_event
+from gateway.contract.call_id import build_call_id, get_call_id_ms
 from gateway.contract.token_kind import Outcome, UsageSource
-from gateway.contract.usage_event import build_call_id, get_call_id_ms
 from metering.catalog import Catalog, load_catalog
 from metering.core.aggregation import RollupKey, UsageSums, build_event_sums
 from metering.core.attribution import EVENT_AGE_DAYS_MAX

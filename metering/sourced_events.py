@@ -10,9 +10,10 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from gateway.contract.call_id import build_call_id
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
-from gateway.contract.usage_event import UsageEvent, build_call_id
+from gateway.contract.usage_event import UsageEvent
 from metering.catalog import Catalog, load_catalog
 from metering.core.attribution import NO_API_KEY_ID, QuarantineReason, find_quarantine_reason
 from metering.core.windows import get_at_us

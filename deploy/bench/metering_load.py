@@ -16,6 +16,7 @@ import psycopg
 from tqdm import tqdm
 
 from deploy.embedded import EmbeddedPostgres
+from gateway.contract.call_id import build_call_id
 from gateway.contract.catalog_snapshot import (
     ApiKeyRecord,
     CatalogSnapshot,
@@ -24,7 +25,7 @@ from gateway.contract.catalog_snapshot import (
     UpstreamRecord,
 )
 from gateway.contract.streams import EVENT_FIELD, get_partition, get_stream_key
-from gateway.contract.usage_event import UsageEvent, build_call_id, to_wire
+from gateway.contract.usage_event import UsageEvent, to_wire
 
 TENANTS = 200
 DUPLICATE_SHARE = 0.05

@@ -6,8 +6,6 @@ ever written can be read (golden files in `tests/contract/`).
 
 from __future__ import annotations
 
-import uuid
-
 import msgspec
 
 SCHEMA_VERSION = 1
@@ -90,8 +88,6 @@ class Superseded(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-# The variant's digit of a UUID (binary 10xx), by the random digit whose lower half it keeps.
-_VARIANTS = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 _event_decoder = msgspec.msgpack.Decoder(UsageEvent)
 _superseded_decoder = msgspec.msgpack.Decoder(Superseded)
 
@@ -115,24 +111,3 @@ def superseded_from_wire(data: bytes) -> Superseded:
         return _superseded_decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EventDecodeError(str(error)) from error
-
-
-def build_call_id(occurred_at_us: int, randomness: bytes) -> str:
-    """Return a UUIDv7 (RFC 9562) of the instant and 10 bytes of randomness; raises ValueError on another length.
-
-    >>> build_call_id(1_700_000_000_000_000, bytes(10))
-    '018bcfe5-6800-7000-8000-000000000000'
-    """
-    if len(randomness) != 10:
-        raise ValueError("a call id needs 10 bytes of randomness")
-    moment, tail = f"{occurred_at_us // 1000:012x}", randomness.hex()
-    # 12 random bits behind the version, then 62 behind the variant, of which two are in its digit.
-    return f"{moment[:8]}-{moment[8:]}-7{tail[:3]}-{_VARIANTS[tail[3]]}{tail[4:7]}-{tail[7:19]}"
-
-
-def get_call_id_ms(call_id: str) -> int:
-    """Return the milliseconds since 1970 in a UUIDv7; raises ValueError where it is not a canonical one."""
-    value = uuid.UUID(call_id)
-    if str(value) != call_id or value.version != 7:
-        raise ValueError(f"not a canonical UUIDv7: {call_id!r}")
-    return value.int >> 80

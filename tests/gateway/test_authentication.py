@@ -11,7 +11,7 @@ import pytest
 from gateway.authentication import AUTHORIZATION_BYTES_MAX, REFUSED_MAX, Authenticator
 from gateway.errors import GatewayError
 from gateway.snapshot_reader import build_catalog
-from gateway.upstream import Origin, parse_origin
+from gateway.upstream import parse_origin
 from tests.fakes import gateway_stack
 from tests.gateway.conftest import Stack
 
@@ -113,4 +113,5 @@ def test_an_error_of_a_base_url_shows_no_part_of_it(base_url: str) -> None:
 
 
 def test_a_base_url_without_a_user_is_an_origin() -> None:
-    assert parse_origin("https://host:8443/v1@x?y=a@b") == Origin("host", 8443, True)
+    origin = parse_origin("https://host:8443/v1@x?y=a@b")
+    assert (origin.host, origin.port, origin.is_tls, origin.host_line) == ("host", 8443, True, b"host: host:8443\r\n")

@@ -9,8 +9,9 @@ import time
 import openai
 import pytest
 
+from gateway.contract.call_id import get_call_id_ms
 from gateway.contract.catalog_snapshot import Limits
-from gateway.contract.usage_event import UsageEvent, get_call_id_ms
+from gateway.contract.usage_event import UsageEvent
 from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds, read_stats, wait_for_events
 from tests.fakes.metrics import read_metrics
 from tests.gateway.conftest import Stack

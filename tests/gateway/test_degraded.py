@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from gateway.calls import get_month
+from gateway.contract.call_id import build_call_id
 from gateway.contract.catalog_snapshot import Limits, ModelBudget, PrepaidBalance
-from gateway.contract.usage_event import build_call_id
 from gateway.snapshot_reader import build_partition_keys
 from tests.fakes.full_listener import fill_listener
 from tests.fakes.gateway_stack import (

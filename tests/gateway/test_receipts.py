@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.contract.call_id import build_call_id
 from gateway.contract.receipt import Receipt, ReceiptState, ReceiptTokens
 from gateway.contract.streams import EVENT_FIELD, SUPERSEDED_FIELD, get_stream_key
-from gateway.contract.usage_event import Attempt, UsageEvent, build_call_id, to_wire
+from gateway.contract.usage_event import Attempt, UsageEvent, to_wire
 from tests.fakes.gateway_stack import MODEL, MODEL_ID, ServerProcess, build_gateway, read_events, wait_for_events
 from tests.gateway.conftest import Stack, wait_for_version
 

@@ -16,7 +16,8 @@ import pytest
 
 from gateway.call_records import HoldRecord
 from gateway.calls import CODE_LENGTH_MAX, TEXT_LENGTH_MAX
-from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, build_call_id, to_wire
+from gateway.contract.call_id import build_call_id
+from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, to_wire
 from gateway.errors import SpoolFullError
 from gateway.event_log import PLACE_HOLD, REPLAY_RETRY_S, SETTLE, EventLog
 from gateway.redis_cluster import connect_redis

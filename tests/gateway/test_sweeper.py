@@ -14,7 +14,8 @@ import redis
 
 from gateway import background
 from gateway.call_records import HoldRecord
-from gateway.contract.usage_event import UsageEvent, build_call_id, to_wire
+from gateway.contract.call_id import build_call_id
+from gateway.contract.usage_event import UsageEvent, to_wire
 from gateway.snapshot_reader import build_partition_keys
 from gateway.spool import SpooledSettle, open_own_spool
 from tests.fakes.gateway_stack import MODEL_ID, NO_HOLDS, read_holds, read_superseded, wait_for_events

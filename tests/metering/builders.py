@@ -11,6 +11,7 @@ from typing import Any
 import redis
 
 from gateway.contract import usage_event
+from gateway.contract.call_id import build_call_id
 from gateway.contract.catalog_snapshot import (
     ApiKeyRecord,
     CatalogSnapshot,
@@ -19,7 +20,7 @@ from gateway.contract.catalog_snapshot import (
     UpstreamRecord,
 )
 from gateway.contract.streams import EVENT_FIELD, SUPERSEDED_FIELD, get_partition, get_stream_key
-from gateway.contract.usage_event import Superseded, UsageEvent, build_call_id
+from gateway.contract.usage_event import Superseded, UsageEvent
 
 PARTITION_COUNT = 4
 ZONES = {1: "Asia/Shanghai", 2: "America/New_York", 3: "Europe/Berlin", 4: "UTC"}

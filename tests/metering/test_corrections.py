@@ -14,7 +14,8 @@ import redis
 import time_machine
 from django.db import IntegrityError, connection, transaction
 
-from gateway.contract.usage_event import UsageEvent, build_call_id
+from gateway.contract.call_id import build_call_id
+from gateway.contract.usage_event import UsageEvent
 from metering import errors
 from metering.catalog import store_catalog_snapshot
 from metering.core.aggregation import RollupKey, UsageSums

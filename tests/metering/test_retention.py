@@ -26,7 +26,8 @@ from django.db import connection
 from django.test import Client
 
 from billing.services.retention import export_usage_events
-from gateway.contract.usage_event import UsageEvent, build_call_id
+from gateway.contract.call_id import build_call_id
+from gateway.contract.usage_event import UsageEvent
 from metering.corrections import CorrectionKind, CorrectionRequest, record_correction
 from metering.digests import list_changes, write_digest
 from metering.errors import ExportUnreadableError, UsageQuestionError

@@ -26,7 +26,8 @@ from billing.services.invoice_drafts import draft_invoices
 from billing.services.invoices import finalize_invoices
 from billing.services.statements import build_statements, finalize_statements
 from gateway.contract import usage_event
-from gateway.contract.usage_event import UsageEvent, build_call_id
+from gateway.contract.call_id import build_call_id
+from gateway.contract.usage_event import UsageEvent
 from metering.catalog import load_catalog
 from metering.core.windows import get_at_us
 from metering.corrections import CorrectionRequest, record_correction

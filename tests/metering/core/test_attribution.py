@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.contract.usage_event import Attempt, build_call_id
+from gateway.contract.call_id import build_call_id
+from gateway.contract.usage_event import Attempt
 from metering.core.attribution import build_attribution_catalog, find_quarantine_reason
 from tests.metering.builders import build_event, build_snapshot
 

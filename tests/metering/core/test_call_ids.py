@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.contract.usage_event import build_call_id, get_call_id_ms
+from gateway.contract.call_id import build_call_id, get_call_id_ms
 from metering.core.call_ids import MALFORMED, is_call_id, parse_call_ids
 
 GOOD = build_call_id(1_700_000_000_123_456, bytes(range(10)))

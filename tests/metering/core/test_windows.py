@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.contract.usage_event import build_call_id
+from gateway.contract.call_id import build_call_id
 from metering.core.windows import (
     QUARTER_US,
     compute_call_id_bounds,
