@@ -146,11 +146,13 @@ class Admission:
             hold=hold,
             lease_ms=self._lease_ms,
         )
+        # From now on: a call that is stopped while its intent is being written must have its end there, too.
+        call.has_spooled_intent = True
         try:
             await self._event_log.spool_intent(intent)
         except SpoolFullError:
+            call.has_spooled_intent = False
             raise build_metering_unavailable() from None
-        call.has_spooled_intent = True
 
     def _send_cancels(self) -> None:
         for call_id, caller in list(self._to_cancel.items()):

@@ -105,10 +105,11 @@ class Relay:
             started_at = time.monotonic()
             try:
                 self._rate_headers = await parts.admission.admit(call, candidates[0])
-            except asyncio.CancelledError:
-                # The reply may be a yes.
-                parts.admission.cancel(call)
-                raise
+            except asyncio.CancelledError as stopped:
+                # The reply may be a yes, or the intent may be in the spool.
+                call.upstream = candidates[0]
+                await self._withdraw()
+                raise stopped
             parts.telemetry.admit_seconds.observe(time.monotonic() - started_at)
             self._exchange.set_gone_callback(self._on_client_gone)
             if self._exchange.is_gone:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from pathlib import Path
+
+SYN_SENT = "02"
 
 
 class FullListener:
@@ -21,6 +24,17 @@ class FullListener:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    @property
+    def is_called(self) -> bool:
+        """Whether anybody else is connecting, as the kernel says."""
+        port = self._listener.getsockname()[1]
+        others = {other.getsockname()[1] for other in self._waiting}
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _number, local, remote, state = line.split()[:4]
+            if remote.endswith(f":{port:04X}") and state == SYN_SENT and int(local[-4:], 16) not in others:
+                return True
+        return False
 
     def accept(self) -> socket.socket:
         """Return the first connection that is another's, not one of those that fill the queue."""

@@ -17,10 +17,10 @@ import pytest
 from gateway.contract.usage_event import UsageEvent
 from gateway.snapshot_reader import build_partition_keys
 from tests.fakes.full_listener import fill_listener
-from tests.fakes.gateway_stack import MODEL, read_events, read_holds
+from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds, wait_for_events
 from tests.fakes.load_client import Answer, send_call
 from tests.gateway.test_crashes import CrashStack
-from tests.gateway.test_degraded import check_books, list_spools
+from tests.gateway.test_degraded import check_books, list_spools, measure_records
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = BODY | {"stream": True, "chunk_delay_ms": 50}
@@ -30,11 +30,27 @@ COUNT = 16
 DRAIN_S = 30
 # Whoever waits for that bound, or for the end of a long stream, takes longer, on a busy machine too.
 SOON_S = DRAIN_S / 2
+# Each Python process runs it when it starts.
+SLOW_DISK = """
+import os, time
+sync = os.fsync
+def sync_slowly(file):
+    time.sleep(1)
+    sync(file)
+os.fsync = sync_slowly
+"""
 
 
 @pytest.fixture
 def drain_s() -> int:
     return DRAIN_S
+
+
+@pytest.fixture
+def slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an fsync of the gateway take a second."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
 @pytest.fixture
@@ -263,6 +279,34 @@ def test_a_call_that_is_stopped_while_we_connect_was_none(two_workers: CrashStac
         assert wait_for_exit(stack) == 0
     assert answers[0].status == 0
     check_books(stack, 0)
+
+
+def test_a_call_that_is_stopped_while_its_intent_is_written_is_billed_nothing(
+    slow_disk: None, two_workers: CrashStack
+) -> None:
+    stack = two_workers
+    stack.server.kill()
+    answers: list[Answer] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(asyncio.run(send_call(stack.gateway.port, stack.api_keys[0], BODY)))
+    )
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not any(measure_records(path) for path in list_spools(stack)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(stack.gateway.pid, signal.SIGTERM)
+    os.kill(stack.gateway.pid, signal.SIGINT)
+    thread.join()
+    assert wait_for_exit(stack) == 0
+    assert answers[0].status == 0
+    stack.server.start()
+    stack.gateway.start(path="/readyz")
+    # Its end followed it into the spool, so nobody takes it for the call of a gateway that died.
+    (event,) = wait_for_events(stack.client, 1)
+    assert (event.outcome, event.usage_source, event.attempts) == ("upstream_error", "none", ())
+    assert stack.read_served() == {}
+    assert read_holds(stack.client) == NO_HOLDS
 
 
 def test_a_signal_to_supervisor_and_workers_at_once_is_no_second_one(two_workers: CrashStack) -> None:
