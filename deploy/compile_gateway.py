@@ -21,14 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 COMPILED = ROOT / ".venv" / "compiled"
 DIGEST_NAME = "DIGEST"
-# These stay as they are: where processes begin, what inherits from other packages' classes, and the sandbox, which is
-# a provider to try things with.
+# These stay as they are: where processes begin, what inherits from other packages' classes, what mypyc would compile
+# wrongly, and the sandbox, which is a provider to try things with.
 INTERPRETED = {
     "__main__.py",
     "server.py",
     "tokenizer_process.py",
     "sandbox.py",
     "sandbox_answers.py",
+    "cleanup.py",
     "errors.py",
     "settings.py",
 }

@@ -85,13 +85,16 @@ class Admission:
             call.call_id, hold, self._lease_ms, call.estimate_nano, call.estimate_tokens, *more
         )
         is_sent = self._redis.is_up
+        failure: Exception | None = None
         try:
             reply = await self._redis.call_packed(command)
         except (RedisUnavailableError, RedisReplyError) as error:
+            failure = error.with_traceback(None)
+        if failure is not None:
             try:
-                await self._admit_without_redis(call, hold, error)
+                await self._admit_without_redis(call, hold, failure)
             except GatewayError:
-                if is_sent and isinstance(error, RedisUnavailableError):
+                if is_sent and isinstance(failure, RedisUnavailableError):
                     self.cancel(call)
                 raise
             return ()

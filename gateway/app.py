@@ -252,10 +252,13 @@ class GatewayApp:
 
     async def _run_lifespan(self, receive: Any, send: Any) -> None:
         await receive()
+        has_started = True
         try:
             await self.startup()
         except CannotStartError as error:
             sys.stderr.write(f"The gateway cannot start:\n{error}\n")
+            has_started = False
+        if not has_started:
             await send({"type": "lifespan.startup.failed", "message": ""})
             return
         await send({"type": "lifespan.startup.complete"})

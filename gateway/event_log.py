@@ -276,6 +276,15 @@ class EventLog:
     # Replaying
 
     async def _replay_own(self) -> None:
+        try:
+            if not await self._replay_to_end():
+                await asyncio.sleep(REPLAY_RETRY_S)
+        finally:
+            self._replay_task = None
+            self._loop.call_soon(self._restart)
+
+    async def _replay_to_end(self) -> bool:
+        """Replay the spool, or what Redis takes of it before it is lost; return False where it refuses some."""
         offset = 0
         try:
             while self._redis.is_up:
@@ -283,16 +292,14 @@ class EventLog:
                 self._is_replay_refused = False
                 if is_done:
                     self._spool_since = None
-                    return
+                    break
         except RedisUnavailableError:
-            return
+            pass
         except (RedisReplyError, OSError) as error:
             self._is_replay_refused = True
             log.error("the replay of the spool failed and will be tried again: %s", error)
-            await asyncio.sleep(REPLAY_RETRY_S)
-        finally:
-            self._replay_task = None
-            self._loop.call_soon(self._restart)
+            return False
+        return True
 
     async def _replay_step(self, offset: int) -> tuple[int, bool]:
         """Replay some records from `offset`; return the offset behind them and whether the spool is done."""

@@ -31,6 +31,7 @@ import msgspec
 
 from gateway.admission import NO_RETRY
 from gateway.call_records import Call
+from gateway.cleanup import run_with_cleanup
 from gateway.contract.token_kind import Outcome
 from gateway.errors import SERVER, GatewayError, RedisReplyError, RedisUnavailableError
 from gateway.exchange import Exchange, ExchangeLayer, Headers
@@ -102,11 +103,11 @@ class Idempotency:
             kept = await self._build_answer(claim, answer, status=status, headers=headers) if is_billed else None
             await self._end(claim, kept)
 
-        try:
-            await run(RecordingExchange(exchange, bytes_max=self._bytes_max, store=store))
-        finally:
+        async def end() -> None:
             if not claim.is_final:
                 await self._end(claim, _build_aborted(claim) if call.outcome is Outcome.CLIENT_ABORTED else None)
+
+        await run_with_cleanup(run(RecordingExchange(exchange, bytes_max=self._bytes_max, store=store)), end)
 
     # ConnectionListener
 

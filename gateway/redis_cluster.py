@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from gateway.cleanup import run_with_cleanup
 from gateway.contract.redis_url import is_cluster_url, parse_cluster_url
 from gateway.errors import RedisReplyError, RedisUnavailableError
 from gateway.redis_connection import (
@@ -178,17 +179,21 @@ class ClusterConnection(RedisConnection):
         delay_s = RECONNECT_DELAY_MIN_S
         while True:
             self._lost = asyncio.Event()
-            try:
-                await asyncio.wait_for(self._connect(), 2 * CONNECT_TIMEOUT_S)
+            if await run_with_cleanup(self._stay_connected(), self._lose):
                 delay_s = RECONNECT_DELAY_MIN_S
-                await self._lost.wait()
-                log.warning("lost a master of the Redis Cluster")
-            except (TimeoutError, RedisReplyError, RedisUnavailableError) as error:
-                log.debug("cannot reach every master of the Redis Cluster: %s", error)
-            finally:
-                await self._lose()
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, RECONNECT_DELAY_MAX_S)
+
+    async def _stay_connected(self) -> bool:
+        """Connect, and return when a master is lost; False where not all could be reached."""
+        try:
+            await asyncio.wait_for(self._connect(), 2 * CONNECT_TIMEOUT_S)
+        except (TimeoutError, RedisReplyError, RedisUnavailableError) as error:
+            log.debug("cannot reach every master of the Redis Cluster: %s", error)
+            return False
+        await self._lost.wait()
+        log.warning("lost a master of the Redis Cluster")
+        return True
 
     async def _lose(self) -> None:
         self._drop()
@@ -233,31 +238,36 @@ class ClusterConnection(RedisConnection):
         """Return the master's address of each slot, as the first node says that answers; raises as `call` does."""
         nodes = list(dict.fromkeys((*self._known_nodes, *self._cluster_url.nodes)))
         asked = [asyncio.create_task(self._ask_for_slots(node)) for node in nodes]
-        try:
-            for answer in asyncio.as_completed(asked):
-                try:
-                    ranges = await answer
-                except (RedisUnavailableError, RedisReplyError):
-                    continue
-                owners, known = read_slot_ranges(ranges)
-                if len(owners) == SLOT_COUNT:
-                    self._known_nodes = known
-                    return owners
-        finally:
+
+        async def stop_asking() -> None:
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
+
+        return await run_with_cleanup(self._choose_answer(asked), stop_asking)
+
+    async def _choose_answer(self, asked: list[asyncio.Task[list[Any]]]) -> list[tuple[str, int]]:
+        for answer in asyncio.as_completed(asked):
+            try:
+                ranges = await answer
+            except (RedisUnavailableError, RedisReplyError):
+                continue
+            owners, known = read_slot_ranges(ranges)
+            if len(owners) == SLOT_COUNT:
+                self._known_nodes = known
+                return owners
         raise RedisUnavailableError("no node of the cluster knows a master for every slot")
 
     async def _ask_for_slots(self, address: tuple[str, int]) -> list[Any]:
         connection = self._build_connection(address)
-        connection.start()
-        try:
+
+        async def ask() -> Any:
+            connection.start()
             if not await connection.wait_up(CONNECT_TIMEOUT_S):
                 raise RedisUnavailableError(f"{address} does not answer")
-            ranges = await connection.call(b"CLUSTER", b"SLOTS")
-        finally:
-            await connection.close()
+            return await connection.call(b"CLUSTER", b"SLOTS")
+
+        ranges = await run_with_cleanup(ask(), connection.close)
         # A node that does not know its own name says that the host is the one we asked.
         for _first, _last, *nodes in ranges:
             for node in nodes:

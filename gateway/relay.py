@@ -103,9 +103,12 @@ class Relay:
         parts.in_flight[call.call_id] = call
         try:
             started_at = time.monotonic()
+            stopped: asyncio.CancelledError | None = None
             try:
                 self._rate_headers = await parts.admission.admit(call, candidates[0])
-            except asyncio.CancelledError as stopped:
+            except asyncio.CancelledError as error:
+                stopped = _forget_frames(error)
+            if stopped is not None:
                 # The reply may be a yes, or the intent may be in the spool.
                 call.upstream = candidates[0]
                 await self._withdraw()
@@ -134,40 +137,56 @@ class Relay:
 
     async def _forward(self, candidates: Sequence[UpstreamRecord]) -> None:
         """Try the candidates until one answers; whatever happens, the call is settled when this returns."""
+        error: BaseException | None = None
         try:
-            for number, upstream in enumerate(candidates, 1):
-                self._call.upstream = upstream
-                try:
-                    await self._attempt(upstream)
-                    return
-                except NotForwardedError:
-                    await self._withdraw()
-                    return
-                except AttemptFailedError as attempt:
-                    await self._note_failure(upstream, attempt)
-                    if attempt.code == CLIENT_GONE:
-                        await self._settle_gone(_NO_RESULT)
-                        return
-                    if self._is_gone or number == len(candidates) or not attempt.failure.is_retryable:
-                        await self._settle(_build_failed_verdict())
-                        raise _build_upstream_error(attempt.failure) from attempt
-        except GatewayError:
-            raise
-        except asyncio.CancelledError as stopped:
-            await self._settle_abandoned()
-            # By name: after an await, a compiled coroutine no longer knows what it is to raise again.
-            raise stopped
-        except Exception as error:
-            log.exception("call %s failed inside the gateway", self._call.call_id)
-            if not self._call.is_settled:
-                self._call.attempts.append(Attempt(self._call.upstream.upstream_id, "gateway_error"))  # type: ignore[union-attr]
-                await self._settle(_build_failed_verdict())
-            if self._exchange.has_started:
-                self._exchange.cut()
-                return
-            raise GatewayError(500, "internal_error", "The gateway failed.", type=SERVER) from error
+            try:
+                await self._try_each(candidates)
+            except GatewayError:
+                raise
+            except asyncio.CancelledError as stopped:
+                error = _forget_frames(stopped)
+            except Exception as unforeseen:
+                log.exception("call %s failed inside the gateway", self._call.call_id)
+                error = _forget_frames(unforeseen)
+            if error is not None:
+                await self._settle_broken(error)
         finally:
             self._release()
+
+    async def _try_each(self, candidates: Sequence[UpstreamRecord]) -> None:
+        for number, upstream in enumerate(candidates, 1):
+            self._call.upstream = upstream
+            failed: AttemptFailedError | None = None
+            try:
+                await self._attempt(upstream)
+                return
+            except NotForwardedError:
+                pass
+            except AttemptFailedError as error:
+                failed = _forget_frames(error)
+            if failed is None:
+                await self._withdraw()
+                return
+            await self._note_failure(upstream, failed)
+            if failed.code == CLIENT_GONE:
+                await self._settle_gone(_NO_RESULT)
+                return
+            if self._is_gone or number == len(candidates) or not failed.failure.is_retryable:
+                await self._settle(_build_failed_verdict())
+                raise _build_upstream_error(failed.failure) from failed
+
+    async def _settle_broken(self, error: BaseException) -> None:
+        """Settle a call that was stopped, or that failed inside the gateway; raises what it is to end with."""
+        if isinstance(error, asyncio.CancelledError):
+            await self._settle_abandoned()
+            raise error
+        if not self._call.is_settled:
+            self._call.attempts.append(Attempt(self._call.upstream.upstream_id, "gateway_error"))  # type: ignore[union-attr]
+            await self._settle(_build_failed_verdict())
+        if self._exchange.has_started:
+            self._exchange.cut()
+            return
+        raise GatewayError(500, "internal_error", "The gateway failed.", type=SERVER) from error
 
     def _release(self) -> None:
         """Give the connection back, if there is one: nothing of this call may touch it from now on."""
@@ -302,14 +321,14 @@ class Relay:
                 await exchange.finish_stream(b"data: [DONE]\n\n")
             return
         verdict = await self._judge(result, Outcome.COMPLETED)
+        last_frame = b"data: [DONE]\n\n"
         try:
             await self._settle(verdict)
         except SpoolFullError:
-            await exchange.finish_stream(_build_error_frame(build_metering_unavailable()))
-            return
+            last_frame = _build_error_frame(build_metering_unavailable())
         if not exchange.has_started:
             self._start_stream()
-        await exchange.finish_stream(b"data: [DONE]\n\n")
+        await exchange.finish_stream(last_frame)
 
     def _start_stream(self) -> None:
         self._exchange.start_stream((self._build_time_header(), *self._rate_headers))
@@ -441,6 +460,15 @@ def _find_provider(upstream: UpstreamRecord) -> Provider:
     except ProviderError as error:
         log.error("upstream %d: %s", upstream.upstream_id, error)
         raise build_misconfigured() from error
+
+
+def _forget_frames[E: BaseException](error: E) -> E:
+    """Return `error` without the frames that it and its causes went through: one that keeps it makes a circle."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 def _build_failed_verdict(result: CallResult = _NO_RESULT) -> Verdict:

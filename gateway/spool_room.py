@@ -7,6 +7,7 @@ upstream had served would end in an error, and be billed later all the same.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from concurrent.futures import Executor
 
@@ -87,11 +88,12 @@ class SpoolRoom:
         """Have at least `wanted` bytes allocated; twice as many as now where the disk has them, for those behind."""
         spool = self._spool
         generous = min(spool.bytes_max, max(wanted, 2 * spool.allocated_bytes, ALLOCATION_BYTES_MIN))
+        with contextlib.suppress(SpoolFullError):
+            await self._loop.run_in_executor(self._disk, spool.allocate, generous)
+            self._is_refused = False
+            return
         try:
-            try:
-                await self._loop.run_in_executor(self._disk, spool.allocate, generous)
-            except SpoolFullError:
-                await self._loop.run_in_executor(self._disk, spool.allocate, min(spool.bytes_max, wanted))
+            await self._loop.run_in_executor(self._disk, spool.allocate, min(spool.bytes_max, wanted))
         except SpoolFullError as error:
             if not self._is_refused:
                 log.error("no room can be set aside for calls: %s", error)
