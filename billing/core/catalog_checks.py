@@ -120,6 +120,9 @@ def _check_references(catalog: CatalogFile, known: KnownRecords) -> Iterable[Pro
         for contract in tenant.contracts:
             where = f"tenants {tenant.party!r} contracts"
             references.append((where, contract, "price_book", contract.price_book, books, "[[price_books]]"))
+        where = f"tenants {tenant.party!r} model_budgets"
+        for budget in tenant.model_budgets:
+            references.append((where, budget, "served_model", budget.served_model, served, "[[served_models]]"))
     for where, row, key, name_given, names, table in references:
         if name_given is not None and name_given not in names:
             yield Problem(
@@ -247,11 +250,12 @@ def _check_magnitudes(catalog: CatalogFile) -> Iterable[Problem]:
         for card in book.rate_cards:
             yield from _check_prices(book, card.served_model, rates=card.rates, limit=limit)
     for tenant in catalog.tenants:
-        if tenant.monthly_budget is not None and tenant.monthly_budget > limit:
-            yield Problem(
-                label_row("tenants", tenant),
-                f"monthly_budget is above {limit:.0f}, the most that can be counted exactly",
-            )
+        where = label_row("tenants", tenant)
+        budgets = [(where, tenant.monthly_budget)]
+        budgets += [(f"{where} {label_row('model_budgets', row)}", row.monthly_budget) for row in tenant.model_budgets]
+        for name, budget in budgets:
+            if budget is not None and budget > limit:
+                yield Problem(name, f"monthly_budget is above {limit:.0f}, the most that can be counted exactly")
 
 
 def _check_prices(

@@ -5,7 +5,8 @@
     catalog = parse_catalog(document)        # CatalogFileError.problems lists everything that is wrong
 
 The classes below are the format: a field is a key of the table, without a default it is required. A record that a
-file does not mention stays as it is; to retire one, set `is_active = false` or end it with `effective_to`.
+file does not mention stays as it is; to retire one, set `is_active = false` or end it with `effective_to`. The budget
+of a model is taken off on the page of the tenant.
 """
 
 from __future__ import annotations
@@ -201,6 +202,14 @@ class ContractRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBudgetRow:
+    """What a tenant may spend on one served model, in its currency, per calendar month UTC; "0" is nothing."""
+
+    served_model: str = column(read.text(200))
+    monthly_budget: Decimal = column(read.decimal(is_zero_allowed=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TenantRow:
     """A party that calls the gateway. `monthly_budget` is in its currency, per calendar month UTC."""
 
@@ -217,6 +226,7 @@ class TenantRow:
     concurrent_calls: int | None = column(read.integer(1), default=None)
     monthly_budget: Decimal | None = column(read.decimal(is_zero_allowed=False), default=None)
     contracts: tuple[ContractRow, ...] = rows(ContractRow, default=())
+    model_budgets: tuple[ModelBudgetRow, ...] = rows(ModelBudgetRow, default=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +257,7 @@ IDENTITIES: dict[type, tuple[str, ...]] = {
     AgreementVersionRow: ("version",),
     ExchangeRateRow: ("base_currency", "quote_currency", "on"),
     ContractRow: ("effective_from",),
+    ModelBudgetRow: ("served_model",),
     TenantRow: ("party",),
 }
 

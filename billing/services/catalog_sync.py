@@ -21,6 +21,7 @@ from billing.models import (
     Contract,
     ExchangeRate,
     LanguageModel,
+    ModelBudget,
     Party,
     PriceBook,
     Provider,
@@ -284,7 +285,7 @@ class CatalogSync:
     def _sync_tenant(self, row: file.TenantRow) -> None:
         names = ("currency", "timezone", "is_active", "is_prepaid", "payment_days", "tax_rate_bps", "tax_name")
         limits = ("requests_per_minute", "tokens_per_minute", "concurrent_calls")
-        budget = None if row.monthly_budget is None else int(row.monthly_budget * NANO)
+        budget = None if row.monthly_budget is None else _to_nano(row.monthly_budget)
 
         def guard(stored: Tenant, differences: Differences) -> str:
             is_used = stored.contracts.exists() or stored.credit_purchases.exists() or has_usage(tenant_ids=[stored.pk])
@@ -299,9 +300,17 @@ class CatalogSync:
             values={**_pick(row, (*names, *limits)), "monthly_budget_nano": budget},
             guard=guard,
         )
+        if tenant is None:
+            return
         for contract in sorted(row.contracts, key=lambda contract: contract.effective_from):
-            if tenant is not None:
-                self._sync_contract(tenant, contract)
+            self._sync_contract(tenant, contract)
+        for model_budget in row.model_budgets:
+            self._sync(
+                f"{label_row('tenants', row)} {label_row('model_budgets', model_budget)}",
+                ModelBudget,
+                identity={"tenant": tenant, "served_model": ServedModel.objects.get(name=model_budget.served_model)},
+                values={"monthly_budget_nano": _to_nano(model_budget.monthly_budget)},
+            )
 
     def _sync_contract(self, tenant: Tenant, row: file.ContractRow) -> None:
         def is_used(start: dt.date, end: dt.date | None) -> bool:
@@ -400,6 +409,10 @@ def _order_by_lineage(rows: tuple[file.LanguageModelRow, ...]) -> list[file.Lang
         return 0 if base is None else depth(base) + 1
 
     return sorted(rows, key=depth)
+
+
+def _to_nano(amount: Decimal) -> int:
+    return int(amount * NANO)
 
 
 def _pick(row: object, names: tuple[str, ...]) -> dict[str, Any]:

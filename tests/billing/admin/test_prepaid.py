@@ -79,8 +79,16 @@ def test_an_operator_sets_and_removes_the_budget_of_a_model(operator, acme):
     row = {"served_model": model.pk, "monthly_budget": "12.5", "tenant": acme.pk}
     values = read_form(operator, acme) | {"model_budgets-TOTAL_FORMS": 1}
     over = values | {f"model_budgets-0-{name}": value for name, value in row.items()}
-    over["model_budgets-0-monthly_budget"] = "9007199.254740992"
-    assert operator.post(url, over).status_code == 200
+    for amount, problem in (
+        ("9007199.254740992", "less than or equal to 9007199"),
+        # No budget is no row; an empty one would be read as none, or as nothing.
+        ("", "This field is required"),
+    ):
+        refused = operator.post(url, over | {"model_budgets-0-monthly_budget": amount})
+        assert refused.status_code == 200
+        errors = [str(one.formset.errors) for one in refused.context["inline_admin_formsets"]]
+        assert problem in "".join(errors)
+    assert not ModelBudget.objects.exists()
     response = operator.post(url, values | {f"model_budgets-0-{name}": value for name, value in row.items()})
     assert response.status_code == 302
     budget = ModelBudget.objects.get()

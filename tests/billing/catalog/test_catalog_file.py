@@ -175,6 +175,10 @@ monthly_budget = "9007199.254740992"
 [[tenants.contracts]]
 price_book = "usd"
 effective_from = 2026-01-01
+
+[[tenants.model_budgets]]
+served_model = "a"
+monthly_budget = "9007199.254740992"
 """
 
 
@@ -192,6 +196,7 @@ def test_days_lineage_and_magnitudes_are_checked():
         "price_books 'usd' rate_cards 'a': input 9007199.254740992 per 1,000,000 tokens is above 9007199, the most "
         "that can be counted exactly; is the unit right?",
         "tenants 'other': monthly_budget is above 9007199, the most that can be counted exactly",
+        "tenants 'other' model_budgets 'a': monthly_budget is above 9007199, the most that can be counted exactly",
     ]
 
 

@@ -20,6 +20,7 @@ from billing.models import (
     Contract,
     ExchangeRate,
     LanguageModel,
+    ModelBudget,
     Party,
     PriceBook,
     Rate,
@@ -33,8 +34,8 @@ from metering.models import CatalogSnapshotRecord, UsageRollup
 
 DEMO = Path(__file__).parents[3] / "deploy" / "catalog" / "demo.toml"
 # 10 parties, 4 + 4 models, 3 providers, 5 books, 14 rate cards, 6 upstreams, 2 agreements, 2 versions, 1 exchange
-# rate, 4 tenants, 4 contracts.
-RECORD_COUNT = 59
+# rate, 4 tenants, 4 contracts, 1 budget of a model.
+RECORD_COUNT = 60
 
 pytestmark = pytest.mark.django_db
 
@@ -110,6 +111,31 @@ def test_demo_is_stored_exactly(demo, redis_url):
         50_000 * 10**9,
     )
     assert AuditRecord.objects.filter(action="catalog_add", actor_name="test").count() == RECORD_COUNT
+
+
+def test_the_budget_of_a_model_is_changed_and_one_that_the_file_does_not_mention_stays(loaded):
+    budget = ModelBudget.objects.get()
+    assert (budget.tenant.party.slug, budget.served_model.name, budget.monthly_budget_nano) == (
+        "acme",
+        "llama-3.1-405b-instruct",
+        10_000 * 10**9,
+    )
+    (change,) = load(loaded.replace('"10000"', '"0.000000001"')).list_changes("changed")
+    assert (change.record, change.fields) == (
+        "tenants 'acme' model_budgets 'llama-3.1-405b-instruct'",
+        {"monthly_budget_nano": ("10000000000000", "1")},
+    )
+    row = '[[tenants.model_budgets]]\nserved_model = "{}"\nmonthly_budget = "0"\n'
+    other = row.format("llama-3-8b-instruct")
+    load(re.sub(r"\[\[tenants.model_budgets\]\]\n.*\n.*\n", other, loaded))
+    budgets = {one.served_model.name: one.monthly_budget_nano for one in ModelBudget.objects.all()}
+    assert budgets == {"llama-3.1-405b-instruct": 1, "llama-3-8b-instruct": 0}
+    with pytest.raises(CatalogFileError) as caught:
+        load(loaded.replace(row.format("x").splitlines()[0], row.format("gpt-4") + "[[tenants.model_budgets]]"))
+    assert [str(problem) for problem in caught.value.problems] == [
+        "tenants 'acme' model_budgets 'gpt-4': served_model 'gpt-4' does not exist; add it under [[served_models]] or "
+        "correct the name"
+    ]
 
 
 def test_demo_warns_only_of_the_name_of_the_fine_tune(demo, redis_url):

@@ -54,6 +54,8 @@ def test_content_of_the_demo(published):
     assert (snapshot.schema_version, snapshot.version, snapshot.partition_count) == (2, 1, 8)
     book = PriceBook.objects.get(slug="standard-usd")
     acme = Tenant.objects.get(party__slug="acme")
+    model = ServedModel.objects.get(name="llama-3.1-405b-instruct")
+    budget = catalog_snapshot.ModelBudget(served_model_id=model.pk, monthly_budget_nano=10_000_000_000_000)
     assert snapshot.tenants[0] == catalog_snapshot.TenantRecord(
         tenant_id=acme.pk,
         slug="acme",
@@ -66,8 +68,8 @@ def test_content_of_the_demo(published):
             concurrent_calls=200,
             monthly_budget_nano=50_000_000_000_000,
         ),
+        model_budgets=(budget,),
     )
-    model = ServedModel.objects.get(name="llama-3.1-405b-instruct")
     assert snapshot.served_models[2] == catalog_snapshot.ServedModelRecord(
         served_model_id=model.pk,
         name="llama-3.1-405b-instruct",
