@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from gateway.call_records import Call
-from gateway.calls import build_hold, get_month, get_prepaid_month
+from gateway.calls import build_hold, format_nano, get_month, get_prepaid_month
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.errors import (
     RATE_LIMIT,
@@ -235,7 +235,7 @@ def _build_headers(
 
 
 def _build_limit_error(reply: list[Any], call: Call) -> GatewayError:
-    """Return the 429 of a refused admission; `reply` is `{0, limit, scope, wait, used}` of `admit.lua`."""
+    """Return the 429 or 402 of a refused admission; `reply` is `{0, limit, scope, wait, used}` of `admit.lua`."""
     limit, scope, wait_s = reply[1], _SCOPE_NAMES[reply[2]], reply[3]
     if reply[2] == 3:
         scope += f" '{call.model.name}'"
@@ -243,8 +243,10 @@ def _build_limit_error(reply: list[Any], call: Call) -> GatewayError:
     if wait_s == 0:
         # A retry cannot help this month, or ever: clients must not triple the load of a broke tenant.
         if limit in _MONEY_TEXTS:
-            message = f"The {text} of this {scope} is used up. {_MONEY_TEXTS[limit]}"
-            return GatewayError(429, "insufficient_quota", message, type="insufficient_quota", headers=(NO_RETRY,))
+            state = _describe_money(limit, reply[2], spent_nano=reply[4], call=call)
+            message = f"The {text} of this {scope} {state} {_MONEY_TEXTS[limit]}"
+            status = 402 if call.caller.tenant.quota_status_code == 402 else 429
+            return GatewayError(status, "insufficient_quota", message, type="insufficient_quota", headers=(NO_RETRY,))
         message = f"This call alone asks for more than the limit of {text} of this {scope}."
         return GatewayError(429, "rate_limit_exceeded", message, type=RATE_LIMIT, headers=(NO_RETRY,))
     return GatewayError(
@@ -254,3 +256,21 @@ def _build_limit_error(reply: list[Any], call: Call) -> GatewayError:
         type=RATE_LIMIT,
         headers=((b"retry-after", b"%d" % min(wait_s, WINDOW_S)),),
     )
+
+
+def _describe_money(limit: bytes, scope: int, *, spent_nano: int, call: Call) -> str:
+    """Say whether nothing is left of a budget or balance, or too little for a call."""
+    caller = call.caller
+    if limit == b"balance":
+        assert caller.balance is not None
+        limit_nano = caller.balance.balance_nano
+    elif scope == 3:
+        limit_nano = caller.model_budgets[call.model.served_model_id]
+    else:
+        limit_nano = int(caller.limit_arguments[4 * scope - 1])
+    left_nano = limit_nano - spent_nano
+    if left_nano <= 0:
+        return "is used up."
+    currency = caller.tenant.currency
+    left, most = format_nano(left_nano, currency), format_nano(call.estimate_nano, currency)
+    return f"has {left} left, and this call can cost up to {most}: a smaller one may fit."

@@ -130,7 +130,10 @@ class TenantAdmin(ConfigurationAdmin):
                 )
             },
         ),
-        ("Limits: empty means none; a prepaid tenant spends its credits", {"fields": (*LIMIT_FIELDS, "credits")}),
+        (
+            "Limits: empty means none; a prepaid tenant spends its credits",
+            {"fields": (*LIMIT_FIELDS, ("credits", "quota_status_code"))},
+        ),
     )
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Tenant]:

@@ -126,6 +126,17 @@ def integer(minimum: int, maximum: int = INTEGER_MAX) -> Reader:
     return read
 
 
+def number_of(*numbers: int) -> Reader:
+    """Return a reader of one of `numbers`."""
+
+    def read(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value not in numbers:
+            raise ValueError(f"must be {' or '.join(map(str, numbers))}, without quotes, not {describe(value)}")
+        return value
+
+    return read
+
+
 def boolean(value: object) -> bool:
     """Read true or false."""
     if not isinstance(value, bool):

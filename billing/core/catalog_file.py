@@ -211,13 +211,17 @@ class ModelBudgetRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantRow:
-    """A party that calls the gateway. `monthly_budget` is in its currency, per calendar month UTC."""
+    """A party that calls the gateway. `monthly_budget` is in its currency, per calendar month UTC.
+
+    `quota_status_code` is what a call is answered that a budget or a balance refuses.
+    """
 
     party: str = column(read.slug)
     currency: str = column(read.currency)
     timezone: str = column(read.text(64), default="UTC")
     is_active: bool = column(read.boolean, default=True)
     is_prepaid: bool = column(read.boolean, default=False)
+    quota_status_code: int = column(read.number_of(429, 402), default=429)
     payment_days: int = column(read.integer(0, 365), default=30)
     tax_rate_bps: int = column(read.integer(0, BPS_MAX), default=0)
     tax_name: str = column(read.text(40, is_empty_allowed=True), default="")

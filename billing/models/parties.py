@@ -76,11 +76,22 @@ class Tenant(LimitedTable):
     refuse a call that neither covers.
     """
 
+    class QuotaStatus(models.IntegerChoices):
+        TOO_MANY_REQUESTS = 429, "429, as OpenAI answers"
+        PAYMENT_REQUIRED = 402, "402 Payment Required"
+
     party = models.OneToOneField(Party, models.PROTECT, related_name="tenant")
     currency = models.CharField(max_length=3, validators=[CURRENCY])
     timezone = models.CharField(max_length=64, validators=[validate_timezone], default="UTC")
     is_active = models.BooleanField(default=True)
     is_prepaid = models.BooleanField(default=False)
+    quota_status_code = models.PositiveSmallIntegerField(
+        "status of a used-up budget",
+        choices=QuotaStatus,
+        default=QuotaStatus.TOO_MANY_REQUESTS,
+        db_default=429,
+        help_text="which status its programs get for a call that a budget or its credits refuse",
+    )
     payment_days = models.PositiveSmallIntegerField(default=30)
     tax_rate_bps = models.PositiveIntegerField(default=0, help_text="sales tax or VAT in basis points, e.g. 600 = 6 %")
     tax_name = models.CharField(max_length=40, blank=True)
@@ -88,6 +99,10 @@ class Tenant(LimitedTable):
 
     class Meta(LimitedTable.Meta):
         ordering = ("party__slug",)
+        constraints = (
+            *LimitedTable.Meta.constraints,
+            models.CheckConstraint(condition=models.Q(quota_status_code__in=(429, 402)), name="tenant_quota_status"),
+        )
 
     def __str__(self) -> str:
         return self.party.slug

@@ -129,6 +129,7 @@ def build_catalog_snapshot(*, version: int, published_at_ms: int) -> CatalogSnap
                 limits=_build_limits(tenant),
                 model_budgets=_build_model_budgets(tenant),
                 prepaid=_build_prepaid(states[tenant.pk]) if tenant.pk in states else None,
+                quota_status_code=tenant.quota_status_code,
             )
             for tenant in tenants
         ),

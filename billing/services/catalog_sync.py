@@ -284,7 +284,7 @@ class CatalogSync:
 
     def _sync_tenant(self, row: file.TenantRow) -> None:
         names = ("currency", "timezone", "is_active", "is_prepaid", "payment_days", "tax_rate_bps", "tax_name")
-        limits = ("requests_per_minute", "tokens_per_minute", "concurrent_calls")
+        limits = ("quota_status_code", "requests_per_minute", "tokens_per_minute", "concurrent_calls")
         budget = None if row.monthly_budget is None else _to_nano(row.monthly_budget)
 
         def guard(stored: Tenant, differences: Differences) -> str:

@@ -49,7 +49,8 @@ class TenantRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A tenant. `timezone` is the IANA zone of its billing days.
 
     `is_prepaid` forbids service without Redis, and spending beyond `prepaid`; a tenant that has bought credits has a
-    `prepaid` whether or not it is prepaid now.
+    `prepaid` whether or not it is prepaid now. A call that a budget or a balance refuses is answered with
+    `quota_status_code`, 429 or 402.
     """
 
     tenant_id: int
@@ -62,6 +63,7 @@ class TenantRecord(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     model_budgets: tuple[ModelBudget, ...] = ()
     prepaid: PrepaidBalance | None = None
+    quota_status_code: int = 429
 
 
 class ApiKeyRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -139,6 +139,7 @@ _SNAPSHOT = catalog_snapshot.CatalogSnapshot(
             limits=_LIMITS,
             model_budgets=(catalog_snapshot.ModelBudget(served_model_id=4, monthly_budget_nano=2**53 - 1),),
             prepaid=catalog_snapshot.PrepaidBalance(since_month="202611", balance_nano=2**53 - 1, used_nano=7),
+            quota_status_code=402,
         ),
         catalog_snapshot.TenantRecord(tenant_id=2, slug="globex", currency="CNY", timezone="UTC", price_book_id=None),
     ),

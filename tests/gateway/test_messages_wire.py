@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import anthropic
+import msgspec
 import pytest
 
 from gateway.contract.catalog_snapshot import Limits
@@ -190,6 +191,12 @@ def test_limits_are_429_with_retry_after_and_a_used_up_budget_is_not_retried(sta
         ask(build_client(stack, broke, max_retries=2))
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert caught.value.response.request.headers["x-stainless-retry-count"] == "0"
+    stack.catalog.tenants[-1] = msgspec.structs.replace(stack.catalog.tenants[-1], quota_status_code=402)
+    stack.publish()
+    with pytest.raises(anthropic.APIStatusError) as refused:
+        ask(build_client(stack, broke))
+    assert refused.value.status_code == 402
+    check_error(refused.value, "billing_error")
     assert len(read_events(stack.redis)) == 1
 
 

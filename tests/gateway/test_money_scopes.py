@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import msgspec
 import openai
 import pytest
 import redis
@@ -182,8 +183,9 @@ def test_a_used_up_model_budget_is_insufficient_quota_of_that_model_alone(stack:
     check_refusal(stack, caught.value, "insufficient_quota")
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert caught.value.body == {
-        "message": "The monthly budget of this tenant for the model 'llama-3-70b' is used up. "
-        "It is renewed on the first of next month (UTC).",
+        # Nothing is spent. 67 bytes of body and 256 of template at 1 USD per million, 2,048 of output at 2 USD.
+        "message": "The monthly budget of this tenant for the model 'llama-3-70b' has 0.0000001 USD left, and this "
+        "call can cost up to 0.004419 USD: a smaller one may fit. It is renewed on the first of next month (UTC).",
         "type": "insufficient_quota",
         "param": None,
         "code": "insufficient_quota",
@@ -193,8 +195,20 @@ def test_a_used_up_model_budget_is_insufficient_quota_of_that_model_alone(stack:
     assert len(read_events(stack.redis)) == 2
 
 
-@pytest.mark.parametrize("prepaid", [None, PrepaidBalance(since_month="202611", balance_nano=100)])
-def test_without_a_balance_a_prepaid_tenant_is_refused(stack: Stack, prepaid: PrepaidBalance | None) -> None:
+@pytest.mark.parametrize(
+    ("prepaid", "state"),
+    [
+        (None, "is used up."),
+        (PrepaidBalance(since_month="202611", balance_nano=10**9, used_nano=10**9), "is used up."),
+        (
+            PrepaidBalance(since_month="202611", balance_nano=10**9, used_nano=10**9 - 1),
+            "has 0.000000001 USD left, and this call can cost up to 0.004427 USD: a smaller one may fit.",
+        ),
+    ],
+)
+def test_without_a_balance_a_prepaid_tenant_is_refused(
+    stack: Stack, prepaid: PrepaidBalance | None, state: str
+) -> None:
     api_key = stack.catalog.add_tenant(2, is_prepaid=True, prepaid=prepaid)
     stack.publish()
     with pytest.raises(openai.RateLimitError) as caught:
@@ -202,12 +216,59 @@ def test_without_a_balance_a_prepaid_tenant_is_refused(stack: Stack, prepaid: Pr
     check_refusal(stack, caught.value, "insufficient_quota")
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert caught.value.body == {
-        "message": "The prepaid balance of this tenant is used up. "
-        "Calls are served again when credits have been bought.",
+        "message": f"The prepaid balance of this tenant {state} Calls are served again when credits have been bought.",
         "type": "insufficient_quota",
         "param": None,
         "code": "insufficient_quota",
     }
+
+
+@pytest.mark.parametrize(
+    ("tenant", "key", "scope", "left"),
+    [
+        # The smaller budget is the one that is named, by whose it is.
+        (Limits(monthly_budget_nano=61_000), Limits(monthly_budget_nano=10**10), "tenant", "is used up"),
+        (Limits(monthly_budget_nano=10**10), Limits(monthly_budget_nano=61_000), "API key", "is used up"),
+        (Limits(monthly_budget_nano=5_000_000), Limits(monthly_budget_nano=10**10), "tenant", "has 0.004939 USD left"),
+        (Limits(monthly_budget_nano=10**10), Limits(monthly_budget_nano=5_000_000), "API key", "has 0.004939 USD left"),
+    ],
+)
+def test_what_is_left_of_a_budget_is_said_where_it_is_too_little(
+    stack: Stack, tenant: Limits, key: Limits, scope: str, left: str
+) -> None:
+    """One call of 61,000 nano is spent. The next may use 93 bytes, 256 of template at 1 USD per million, 4,048 at 2."""
+    stack.catalog.add_tenant(2)
+    api_key = stack.catalog.add_api_key(7, tenant_id=2)
+    stack.publish()
+    call(stack.build_client(api_key))
+    stack.catalog.tenants[-1] = msgspec.structs.replace(stack.catalog.tenants[-1], limits=tenant)
+    stack.catalog.api_keys[-1] = msgspec.structs.replace(stack.catalog.api_keys[-1], limits=key)
+    stack.publish()
+    with pytest.raises(openai.RateLimitError) as caught:
+        call(stack.build_client(api_key), max_tokens=4_048)
+    assert f"The monthly budget of this {scope} {left}" in caught.value.message
+    if left != "is used up":
+        assert "can cost up to 0.008445 USD" in caught.value.message
+        call(stack.build_client(api_key), max_tokens=100)
+
+
+def test_a_tenant_may_have_402_for_a_budget_and_for_nothing_else(stack: Stack) -> None:
+    limits = Limits(monthly_budget_nano=0)
+    broke = stack.catalog.add_tenant(2, limits=limits, quota_status_code=402)
+    busy = stack.catalog.add_tenant(3, limits=Limits(requests_per_minute=0), quota_status_code=402)
+    # A status that this gateway does not know is the usual one.
+    odd = stack.catalog.add_tenant(4, limits=limits, quota_status_code=200)
+    stack.publish()
+    with pytest.raises(openai.APIStatusError) as caught:
+        call(stack.build_client(broke, max_retries=2))
+    assert (caught.value.status_code, caught.value.code, caught.value.type) == (402, *["insufficient_quota"] * 2)
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert caught.value.response.request.headers["x-stainless-retry-count"] == "0"
+    for api_key, code in ((busy, "rate_limit_exceeded"), (odd, "insufficient_quota")):
+        with pytest.raises(openai.RateLimitError) as refused:
+            call(stack.build_client(api_key))
+        assert refused.value.code == code
+    assert read_events(stack.redis) == []
 
 
 def test_a_balance_is_spent_by_its_tenant_alone_and_reported(stack: Stack) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -16,8 +17,8 @@ from tests.gateway.conftest import Stack
 HI = [{"role": "user", "content": "Hi"}]
 
 
-def call(client: openai.OpenAI, model: str = MODEL) -> None:
-    client.chat.completions.create(model=model, messages=HI)
+def call(client: openai.OpenAI, model: str = MODEL, **changes: Any) -> None:
+    client.chat.completions.create(model=model, messages=HI, **changes)
 
 
 def check_refusal(stack: Stack, error: openai.APIStatusError, code: str) -> None:

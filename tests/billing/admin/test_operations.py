@@ -187,6 +187,7 @@ def test_tenant_page_edits_the_party_too(house, finance):
         "party_tax_id": "12-345",
         "payment_days": "15",
         "is_active": "on",
+        "quota_status_code": "402",
         "tax_name": "VAT",
         "tax_rate_bps": "600",
         "monthly_budget": "",
@@ -198,6 +199,7 @@ def test_tenant_page_edits_the_party_too(house, finance):
     tenant = house.tenant("acme")
     assert (tenant.party.name, tenant.party.tax_id) == ("Acme Robotics", "12-345")
     assert (tenant.payment_days, tenant.tax_rate_bps, tenant.currency) == (15, 600, "USD")
+    assert get_stored_snapshot().tenants[0].quota_status_code == 402
     record = AuditRecord.objects.first()
     assert (record.action, record.actor_name, record.detail["tax_rate_bps"]) == ("change", "fiona", "600")
 

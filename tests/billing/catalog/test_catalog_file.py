@@ -66,6 +66,7 @@ rates = { input = 0.30, outputs = "0.60", cached_input = "-1" }
 [[tenants]]
 party = "acme"
 currency = "USD"
+quota_status_code = "402"
 monthly_budget = 100
 """)
     assert problems == [
@@ -87,6 +88,7 @@ monthly_budget = 100
         "cache_write, output, reasoning); has no price for 'output'; add one; input must be a string, so that it is "
         'exact: write "0.30" in quotes, not 0.30; cached_input must be a decimal number in quotes, e.g. "0.30", not '
         "'-1'",
+        "tenants 'acme': quota_status_code must be 429 or 402, without quotes, not '402'",
         "tenants 'acme': monthly_budget must be a string, so that it is exact: write \"100\" in quotes, not 100",
     ]
 

@@ -29,6 +29,7 @@ from billing.models import (
     Tenant,
     Upstream,
 )
+from billing.selectors.catalog import get_stored_snapshot
 from billing.services.catalog_load import CatalogRefusedError, load_catalog, read_catalog_file
 from metering.models import CatalogSnapshotRecord, UsageRollup
 
@@ -111,6 +112,18 @@ def test_demo_is_stored_exactly(demo, redis_url):
         50_000 * 10**9,
     )
     assert AuditRecord.objects.filter(action="catalog_add", actor_name="test").count() == RECORD_COUNT
+
+
+@pytest.mark.parametrize(("value", "problem"), [(402, None), (429, None), (200, "429 or 402"), ("true", "429 or 402")])
+def test_a_tenant_chooses_the_status_of_a_used_up_budget(loaded, value, problem):
+    text = loaded.replace('monthly_budget = "50000"', f'monthly_budget = "50000"\nquota_status_code = {value}')
+    if problem:
+        with pytest.raises(CatalogFileError, match=problem):
+            load(text)
+        return
+    load(text)
+    assert Tenant.objects.get(party__slug="acme").quota_status_code == value
+    assert get_stored_snapshot().tenants[0].quota_status_code == value
 
 
 def test_the_budget_of_a_model_is_changed_and_one_that_the_file_does_not_mention_stays(loaded):
