@@ -18,9 +18,10 @@ from gateway.errors import (
     SpoolFullError,
     build_metering_unavailable,
 )
-from gateway.event_log import HEADS_MAX, EventLog
+from gateway.event_log import EventLog
 from gateway.redis_connection import RedisConnection, Script, build_command_head, pack_arguments
 from gateway.settings import Settings
+from gateway.settle_commands import HEADS_MAX
 from gateway.snapshot_reader import LIMIT_MAX, Caller
 from gateway.spool import SpooledIntent
 from gateway.spool_room import compute_call_bytes
@@ -84,7 +85,7 @@ class Admission:
         command = head + pack_arguments(
             call.call_id, hold, self._lease_ms, call.estimate_nano, call.estimate_tokens, *more
         )
-        is_sent = self._redis.is_up
+        is_sent = self._redis.is_up_for(caller.keys.tag)
         failure: Exception | None = None
         try:
             reply = await self._redis.call_packed(command)
@@ -113,7 +114,7 @@ class Admission:
     def cancel(self, call: Call) -> None:
         """Release the hold of a call that was not forwarded."""
         self._to_cancel[call.call_id] = call.caller
-        if self._redis.is_up:
+        if self._redis.is_up_for(call.caller.keys.tag):
             self._send_cancels()
 
     def on_redis_up(self) -> None:

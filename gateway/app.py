@@ -33,7 +33,7 @@ from gateway.errors import (
     SpoolFullError,
     build_metering_unavailable,
 )
-from gateway.event_log import PLACE_HOLD, SETTLE, EventLog
+from gateway.event_log import EventLog
 from gateway.exchange import Exchange
 from gateway.gauges import add_gauges
 from gateway.providers.base import CallRequest
@@ -42,6 +42,7 @@ from gateway.receipts import Receipts
 from gateway.redis_cluster import connect_redis
 from gateway.routing import CircuitBreakers
 from gateway.settings import Settings
+from gateway.settle_commands import PLACE_HOLD, SETTLE
 from gateway.snapshot_reader import Caller, Catalog, Offer, SnapshotReader
 from gateway.spool import open_own_spool
 from gateway.sweeper import LIST_EXPIRED, RENEW, Sweeper

@@ -32,11 +32,12 @@ import msgspec
 from gateway.admission import NO_RETRY
 from gateway.call_records import Call
 from gateway.cleanup import run_with_cleanup
+from gateway.contract.streams import PARTITION_COUNT_MAX, get_partition_tag
 from gateway.contract.token_kind import Outcome
 from gateway.errors import SERVER, GatewayError, RedisReplyError, RedisUnavailableError
 from gateway.exchange import Exchange, ExchangeLayer, Headers
 from gateway.kept_answers import Kept, LostAnswer, Reservation, StoredAnswer
-from gateway.redis_connection import CONNECT_TIMEOUT_S, RECONNECT_DELAY_MAX_S, RedisConnection, Script
+from gateway.redis_connection import RedisConnection, Script
 from gateway.settings import Settings
 from gateway.telemetry import Telemetry
 
@@ -48,23 +49,23 @@ KEY_LENGTH_MAX = 255
 REPLAY_PIECE_BYTES = 64 * 1024
 # What is more is compressed and decompressed off the event loop.
 BYTES_ON_LOOP_MAX = 32 * 1024
-# After an outage of Redis, which reservations may not have survived: by then whoever lives has renewed its own.
-RENEWAL_WAIT_S = CONNECT_TIMEOUT_S + RECONNECT_DELAY_MAX_S
 # Calls with a key that run, or whose last word Redis has not acknowledged. About a kilobyte each, without answers.
 CLAIMS_MAX = 16_384
 # Answers that wait for Redis to come back; beyond it their keys say that the answer was not stored.
 WAITING_BYTES_MAX = 64 * 1024 * 1024
 
 
+_TAGS = tuple(get_partition_tag(partition) for partition in range(PARTITION_COUNT_MAX))
 _decoder = msgspec.msgpack.Decoder(Kept)
 
 
 class _Claim:
     """A key held by a call of this process, and what Redis shall keep under it; `value` b"" frees it."""
 
-    __slots__ = ("call_id", "fingerprint", "is_final", "name", "own", "value")
+    __slots__ = ("call_id", "fingerprint", "is_final", "name", "own", "tag", "value")
 
-    def __init__(self, name: str, reservation: Reservation) -> None:
+    def __init__(self, tag: str, name: str, reservation: Reservation) -> None:
+        self.tag = tag
         self.name = name
         self.fingerprint = reservation.fingerprint
         self.call_id = reservation.call_id
@@ -85,8 +86,9 @@ class Idempotency:
         # Keys of running calls, and of ended ones whose last word Redis has not acknowledged; by call id.
         self._claims: dict[str, _Claim] = {}
         self._waiting_bytes = 0
-        self._was_down = False
-        self._reserve_from = 0.0
+        # Hash tags of the partitions whose Redis is away, and from when on keys of one that is back may be reserved.
+        self._lost_tags: set[str] = set()
+        self._reserve_from: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         redis.add_listener(self)
 
@@ -112,24 +114,29 @@ class Idempotency:
     # ConnectionListener
 
     def on_redis_up(self) -> None:
-        """Renew and fill at once: leases ran out meanwhile. Reserve only when the others have had the time to."""
-        if self._was_down:
-            self._reserve_from = self._loop.time() + RENEWAL_WAIT_S
+        """Renew and fill at once: leases ran out meanwhile, or Redis has lost them.
+
+        Reserve only when all others that live have had the time to do so, too.
+        """
+        back = [tag for tag in self._lost_tags if self._redis.is_up_for(tag)]
+        self._reserve_from.update(dict.fromkeys(back, self._loop.time() + self._redis.reconnect_s_max))
+        self._lost_tags.difference_update(back)
         self._push_all()
 
     def on_redis_down(self) -> None:
         """What is unacknowledged is kept."""
-        self._was_down = True
+        self._lost_tags.update(tag for tag in _TAGS if not self._redis.is_up_for(tag))
 
     # Claims
 
     def _push_all(self) -> None:
         for claim in tuple(self._claims.values()):
-            self._push(claim)
+            if self._redis.is_up_for(claim.tag):
+                self._push(claim)
 
     async def _reserve(self, claim: _Claim) -> Kept | None:
-        wait_s = self._reserve_from - self._loop.time()
-        if not self._redis.is_up or wait_s > 0 or len(self._claims) >= CLAIMS_MAX:
+        wait_s = self._reserve_from.get(claim.tag, 0.0) - self._loop.time()
+        if not self._redis.is_up_for(claim.tag) or wait_s > 0 or len(self._claims) >= CLAIMS_MAX:
             raise _build_unavailable(retry_after_s=max(1, math.ceil(wait_s)))
         self._claims[claim.call_id] = claim
         self._schedule()
@@ -183,8 +190,7 @@ class Idempotency:
         self._timer = None
         if self._claims:
             self._schedule()
-        if self._redis.is_up:
-            self._push_all()
+        self._push_all()
 
     # Answers
 
@@ -298,8 +304,9 @@ def _build_claim(exchange: Exchange, call: Call) -> _Claim:
     # The body as it came: what a dialect drops in translation makes another request, too.
     fingerprint = hashlib.sha256(call.endpoint.encode() + b"\0" + exchange.body).digest()
     # Only a digest of the tenant's text gets into the name, so that its length is fixed.
-    name = f"idempotency:{call.caller.keys.tag}:k{call.caller.api_key.api_key_id}:{hashlib.sha256(key).hexdigest()}"
-    return _Claim(name, Reservation(fingerprint, call.call_id))
+    tag = call.caller.keys.tag
+    name = f"idempotency:{tag}:k{call.caller.api_key.api_key_id}:{hashlib.sha256(key).hexdigest()}"
+    return _Claim(tag, name, Reservation(fingerprint, call.call_id))
 
 
 def _build_not_stored(claim: _Claim, reason: str) -> LostAnswer:

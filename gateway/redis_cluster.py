@@ -1,12 +1,13 @@
 """A Redis Cluster, used like one connection: each command goes to the master of its key's slot.
 
-Replies come in the order of the commands, whichever masters they come from, and when one master is lost the
-whole is down: everything unanswered fails, the slots are read anew, and it is up again once every slot has a
-master that answers. So the event log needs to know nothing of it: what was not acknowledged is sent again by its
-number, and what takes long goes to the spool, as with a single server. A slot that moves is such a loss too.
+A master that is lost takes nothing with it but its own slots: what it has not answered fails, commands for its slots
+fail at once, and those of the other masters go on. The slots are read anew until every one has a master that answers.
+The keys of a partition lie in one slot, and replies of one master come in the order of its commands, so to the event
+log each partition has a single server: what was not acknowledged is sent again by its number, and what takes long
+goes to the spool. A slot that moves is a loss of the master that had it.
 
 Replication is asynchronous: a master that dies may take acknowledged commands with it. With `replicas_min` a reply
-is held until so many replicas have the command (WAIT), and a cluster that has too few of them counts as down.
+is held until so many replicas have the command (WAIT), and a master that has too few of them counts as lost.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ from gateway.redis_connection import (
 log = logging.getLogger("gateway.redis")
 
 SLOT_COUNT = 16_384
+Address = tuple[str, int]
 # A master that does not come up in this time may have been replaced by now: the slots are read again.
 MASTER_WAIT_S = 1.0
+# Reading the slots, and connecting to the masters.
+TURN_S_MAX = 2 * CONNECT_TIMEOUT_S
 _TAGS_REMEMBERED_MAX = 10_000
 # What a node says that is not (or not yet) the master of a slot, or that has lost the others.
 _REDIRECTS = frozenset({"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "READONLY", "MASTERDOWN", "LOADING"})
@@ -63,32 +67,132 @@ class _Outstanding:
         self.is_ready = False
 
 
+class _Master:
+    """One master, until it is lost: then it is closed, and connected anew as another one."""
+
+    def __init__(
+        self, connection: RedisConnection, *, timeout_s: float, replicas_min: int, on_lost: Callable[[_Master], None]
+    ) -> None:
+        self.connection = connection
+        self.is_lost = False
+        self._on_lost = on_lost
+        self._replicas_min = replicas_min
+        # A WAIT must be answered before the connection's own patience ends.
+        self._replicas_timeout_ms = int(timeout_s * 500)
+        self._loop = asyncio.get_running_loop()
+        self._outstanding: deque[_Outstanding] = deque()
+        self._unreplicated: list[_Outstanding] = []
+        connection.add_listener(self)
+
+    async def open(self) -> None:
+        """Connect; raises RedisUnavailableError or RedisReplyError where that takes long or replicas are missing."""
+        self.connection.start()
+        if not await self.connection.wait_up(MASTER_WAIT_S):
+            raise RedisUnavailableError("a master cannot be reached")
+        if self._replicas_min:
+            count = await self.connection.call(b"WAIT", self._replicas_min, self._replicas_timeout_ms)
+            if count < self._replicas_min:
+                raise RedisUnavailableError(f"a master has {count} replicas of {self._replicas_min}")
+        if self.is_lost:
+            raise RedisUnavailableError("a master was lost again")
+
+    def send_packed(self, command: bytes, on_reply: OnReply) -> None:
+        """Send `command`; `on_reply` gets the reply or an error object, in order."""
+        outstanding = _Outstanding(on_reply)
+        self._outstanding.append(outstanding)
+        if self._replicas_min:
+            if not self._unreplicated:
+                self._loop.call_soon(self._await_replicas)
+            self._unreplicated.append(outstanding)
+        self.connection.send_packed(command, partial(self._on_reply, outstanding))
+
+    def lose(self) -> None:
+        """Tell the owners of unanswered commands, then the cluster, once."""
+        if self.is_lost:
+            return
+        self.is_lost = True
+        self.connection.break_connection()
+        outstanding, self._outstanding = self._outstanding, deque()
+        for command in outstanding:
+            command.on_reply(RedisUnavailableError("lost a master of the Redis Cluster"))
+        self._on_lost(self)
+
+    # ConnectionListener
+
+    def on_redis_up(self) -> None:
+        """`open` waits for it."""
+
+    def on_redis_down(self) -> None:
+        """Also where nothing was unanswered."""
+        self.lose()
+
+    # Replies
+
+    def _on_reply(self, outstanding: _Outstanding, reply: Any) -> None:
+        if self.is_lost:
+            return
+        if isinstance(reply, RedisUnavailableError) or (
+            isinstance(reply, RedisReplyError) and str(reply).partition(" ")[0] in _REDIRECTS
+        ):
+            log.warning("a master of the Redis Cluster is gone or has changed: %s", reply)
+            self.lose()
+            return
+        outstanding.reply = reply
+        outstanding.is_ready = not self._replicas_min
+        self._give_replies()
+
+    def _await_replicas(self) -> None:
+        """Ask the master, if it got commands in this tick, to say when its replicas have them."""
+        commands, self._unreplicated = self._unreplicated, []
+        command = (b"WAIT", self._replicas_min, self._replicas_timeout_ms)
+        self.connection.send(command, partial(self._on_replicated, commands))
+
+    def _on_replicated(self, commands: list[_Outstanding], reply: Any) -> None:
+        if isinstance(reply, int) and reply >= self._replicas_min:
+            for outstanding in commands:
+                outstanding.is_ready = True
+            self._give_replies()
+        elif not self.is_lost:
+            log.warning("only %s of %d replicas have what was sent", reply, self._replicas_min)
+            self.lose()
+
+    def _give_replies(self) -> None:
+        outstanding = self._outstanding
+        while outstanding and outstanding[0].is_ready:
+            first = outstanding.popleft()
+            first.on_reply(first.reply)
+
+
 class ClusterConnection(RedisConnection):
-    """A self-healing connection to every master of a cluster. One event loop owns it."""
+    """A self-healing connection to every master of a cluster. `is_up`: every slot has one. One event loop owns it."""
 
     def __init__(self, url: str, *, timeout_s: float, scripts: tuple[Script, ...] = (), replicas_min: int = 0) -> None:
         super().__init__(url, timeout_s=timeout_s, scripts=scripts)
+        # Of a turn that comes too early all is spent; of the next one, at most what other nodes take that are silent.
+        self.reconnect_s_max = TURN_S_MAX + RECONNECT_DELAY_MAX_S + CONNECT_TIMEOUT_S
         self._cluster_url = parse_cluster_url(url)
         self._replicas_min = replicas_min
         self._known_nodes = list(self._cluster_url.nodes)
-        self._masters: list[RedisConnection] = []
-        self._master_of_slot: list[RedisConnection] = []
-        self._master_of_tag: dict[bytes, RedisConnection] = {}
-        self._outstanding: deque[_Outstanding] = deque()
-        self._unreplicated: dict[RedisConnection, list[_Outstanding]] = {}
+        # By slot, as the cluster says; None where it knows no master.
+        self._owners: list[Address | None] = [None] * SLOT_COUNT
+        self._masters: dict[Address, _Master] = {}
+        self._master_of_tag: dict[bytes, _Master] = {}
+        self._to_close: list[_Master] = []
+        self._changed = asyncio.Event()
 
     # RedisConnection
 
-    def set_push_handler(self, on_push: Callable[[list[Any]], None]) -> None:
-        """Have `on_push` called with the pushes of every master: a message is published to all of them."""
-        self._on_push = on_push
+    def is_up_for(self, key: str) -> bool:
+        """Return whether the slot of `key` has a master that answers."""
+        return self._find_master(get_hash_tag(key.encode())) is not None
 
     async def close(self) -> None:
         """Stop reconnecting and close."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._lose()
+        self.break_connection()
+        await self._close_lost()
 
     def send(self, command: tuple[Argument, ...], on_reply: OnReply) -> None:
         """Send `command` to the master of its first key; `on_reply` gets the reply or an error object, in order."""
@@ -100,142 +204,117 @@ class ClusterConnection(RedisConnection):
         self._send_by_key(command, command, on_reply)
 
     def _send_by_key(self, key: bytes, command: bytes, on_reply: OnReply) -> None:
-        if not self.is_up:
-            on_reply(RedisUnavailableError("not connected to every master of the Redis Cluster"))
-            return
         master = self._find_master(get_hash_tag(key))
-        outstanding = _Outstanding(on_reply)
-        self._outstanding.append(outstanding)
-        if self._replicas_min:
-            if not self._unreplicated:
-                self._loop.call_soon(self._await_replicas)
-            self._unreplicated.setdefault(master, []).append(outstanding)
-        master.send_packed(command, partial(self._on_master_reply, outstanding))
+        if master is None:
+            on_reply(RedisUnavailableError("not connected to the master of the key's slot"))
+            return
+        master.send_packed(command, on_reply)
 
     def break_connection(self) -> None:
         """Drop the connections, so that everything unanswered is decided anew after a reconnect."""
-        self._lost.set()
-        self._drop()
-
-    # Replies
-
-    def _on_master_reply(self, outstanding: _Outstanding, reply: Any) -> None:
-        if isinstance(reply, RedisUnavailableError) or (
-            isinstance(reply, RedisReplyError) and str(reply).partition(" ")[0] in _REDIRECTS
-        ):
-            if self.is_up:
-                log.warning("a master of the Redis Cluster is gone or has changed: %s", reply)
-                self.break_connection()
-            return
-        outstanding.reply = reply
-        outstanding.is_ready = not self._replicas_min
-        self._give_replies()
-
-    def _await_replicas(self) -> None:
-        """Ask each master that got commands in this tick to say when its replicas have them."""
-        unreplicated, self._unreplicated = self._unreplicated, {}
-        for master, commands in unreplicated.items():
-            # It must answer before the connection's own patience ends.
-            command = (b"WAIT", self._replicas_min, int(self._timeout_s * 500))
-            master.send(command, partial(self._on_replicated, commands))
-
-    def _on_replicated(self, commands: list[_Outstanding], reply: Any) -> None:
-        if isinstance(reply, int) and reply >= self._replicas_min:
-            for outstanding in commands:
-                outstanding.is_ready = True
-            self._give_replies()
-        elif self.is_up:
-            log.warning("only %s of %d replicas have what was sent", reply, self._replicas_min)
-            self.break_connection()
-
-    def _give_replies(self) -> None:
-        outstanding = self._outstanding
-        while outstanding and outstanding[0].is_ready:
-            first = outstanding.popleft()
-            first.on_reply(first.reply)
-
-    def _drop(self) -> None:
-        """Tell the owners of unanswered commands, then the listeners, once for each loss."""
-        was_up, self.is_up = self.is_up, False
-        outstanding, self._outstanding = self._outstanding, deque()
-        self._unreplicated = {}
-        for command in outstanding:
-            command.on_reply(RedisUnavailableError("lost a master of the Redis Cluster"))
-        if was_up:
-            for listener in self._listeners:
-                listener.on_redis_down()
+        for master in tuple(self._masters.values()):
+            master.lose()
 
     # Masters
 
-    def _find_master(self, tag: bytes) -> RedisConnection:
+    def _find_master(self, tag: bytes) -> _Master | None:
         master = self._master_of_tag.get(tag)
         if master is None:
+            address = self._owners[compute_slot(tag)]
+            master = self._masters.get(address) if address is not None else None
+            if master is None:
+                return None
             if len(self._master_of_tag) >= _TAGS_REMEMBERED_MAX:
                 self._master_of_tag.clear()
-            master = self._master_of_tag[tag] = self._master_of_slot[compute_slot(tag)]
-        return master
+            self._master_of_tag[tag] = master
+        return None if master.is_lost else master
+
+    def _on_lost(self, master: _Master) -> None:
+        address = next((address for address, known in self._masters.items() if known is master), None)
+        if address is None:
+            return
+        log.warning("lost the master %s:%d of the Redis Cluster", *address)
+        del self._masters[address]
+        self._master_of_tag.clear()
+        self._to_close.append(master)
+        self.is_up = False
+        self._changed.set()
+        for listener in self._listeners:
+            listener.on_redis_down()
+
+    async def _close_lost(self) -> None:
+        masters, self._to_close = self._to_close, []
+        await asyncio.gather(*(master.connection.close() for master in masters))
 
     async def _keep_connected(self) -> None:
         delay_s = RECONNECT_DELAY_MIN_S
         while True:
-            self._lost = asyncio.Event()
-            if await run_with_cleanup(self._stay_connected(), self._lose):
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._connect(), TURN_S_MAX)
+            except (TimeoutError, RedisReplyError, RedisUnavailableError) as error:
+                log.debug("cannot reach every master of the Redis Cluster: %s", error)
+            if self.is_up:
                 delay_s = RECONNECT_DELAY_MIN_S
+                await self._changed.wait()
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, RECONNECT_DELAY_MAX_S)
 
-    async def _stay_connected(self) -> bool:
-        """Connect, and return when a master is lost; False where not all could be reached."""
-        try:
-            await asyncio.wait_for(self._connect(), 2 * CONNECT_TIMEOUT_S)
-        except (TimeoutError, RedisReplyError, RedisUnavailableError) as error:
-            log.debug("cannot reach every master of the Redis Cluster: %s", error)
-            return False
-        await self._lost.wait()
-        log.warning("lost a master of the Redis Cluster")
-        return True
-
-    async def _lose(self) -> None:
-        self._drop()
-        masters, self._masters, self._master_of_slot, self._master_of_tag = self._masters, [], [], {}
-        await asyncio.gather(*(master.close() for master in masters))
-
     async def _connect(self) -> None:
-        owners = await self._read_slots()
-        masters = {}
-        for address in sorted(set(owners)):
-            masters[address] = self._build_connection(address, self._scripts)
-            self._masters.append(masters[address])
-        for master in self._masters:
-            master.add_listener(_MasterListener(self))
-            if self._on_push is not None:
-                master.set_push_handler(self._on_push)
-            master.start()
-        for is_up in await asyncio.gather(*(master.wait_up(MASTER_WAIT_S) for master in self._masters)):
-            if not is_up:
-                raise RedisUnavailableError("a master cannot be reached")
-        if self._replicas_min:
-            timeout_ms = int(self._timeout_s * 500)
-            for count in await asyncio.gather(
-                *(master.call(b"WAIT", self._replicas_min, timeout_ms) for master in self._masters)
-            ):
-                if count < self._replicas_min:
-                    raise RedisUnavailableError(f"a master has {count} replicas of {self._replicas_min}")
-        if self._lost.is_set():
-            raise RedisUnavailableError("a master was lost again")
-        self._master_of_slot = [masters[address] for address in owners]
-        self.is_up = True
-        self._came_up.set()
-        log.info("connected to %d masters of the Redis Cluster", len(self._masters))
+        """Read the slots and connect to each master that is not connected; raises where one cannot be."""
+        await self._close_lost()
+        self._apply_owners(await self._read_slots())
+        missing = sorted({owner for owner in self._owners if owner is not None} - set(self._masters))
+        outcomes = await asyncio.gather(*(self._open_master(address) for address in missing), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def _apply_owners(self, owners: list[Address | None]) -> None:
+        moves = {(old, new) for old, new in zip(self._owners, owners, strict=True) if old != new}
+        for old, _new in moves:
+            # What it has not answered must fail before another master gets the next commands for the same keys.
+            if old in self._masters:
+                self._masters[old].lose()
+        self._owners = owners
+        self._master_of_tag.clear()
+        if any(new in self._masters for _old, new in moves):
+            self._note_up()
+
+    async def _open_master(self, address: Address) -> None:
+        master = _Master(
+            self._build_connection(address, self._scripts),
+            timeout_s=self._timeout_s,
+            replicas_min=self._replicas_min,
+            on_lost=self._on_lost,
+        )
+        if self._on_push is not None:
+            # A message is published to all masters.
+            master.connection.set_push_handler(self._on_push)
+        # Unless it comes up.
+        self._to_close.append(master)
+        await master.open()
+        self._to_close.remove(master)
+        self._masters[address] = master
+        log.info("connected to the master %s:%d of the Redis Cluster", *address)
+        self._note_up()
+
+    def _note_up(self) -> None:
+        self.is_up = all(owner in self._masters for owner in set(self._owners))
+        if self.is_up:
+            self._came_up.set()
         for listener in self._listeners:
             listener.on_redis_up()
 
-    def _build_connection(self, address: tuple[str, int], scripts: tuple[Script, ...] = ()) -> RedisConnection:
+    def _build_connection(self, address: Address, scripts: tuple[Script, ...] = ()) -> RedisConnection:
         url = self._cluster_url.build_node_url(*address)
         return RedisConnection(url, timeout_s=self._timeout_s, scripts=scripts)
 
-    async def _read_slots(self) -> list[tuple[str, int]]:
-        """Return the master's address of each slot, as the first node says that answers; raises as `call` does."""
+    async def _read_slots(self) -> list[Address | None]:
+        """Return the master's address of each slot, as the first node says that knows one for all of them.
+
+        Where none does, as the one says that knows most; raises RedisUnavailableError where no node answers.
+        """
         nodes = list(dict.fromkeys((*self._known_nodes, *self._cluster_url.nodes)))
         asked = [asyncio.create_task(self._ask_for_slots(node)) for node in nodes]
 
@@ -246,19 +325,23 @@ class ClusterConnection(RedisConnection):
 
         return await run_with_cleanup(self._choose_answer(asked), stop_asking)
 
-    async def _choose_answer(self, asked: list[asyncio.Task[list[Any]]]) -> list[tuple[str, int]]:
+    async def _choose_answer(self, asked: list[asyncio.Task[list[Any]]]) -> list[Address | None]:
+        best: list[Address | None] = []
         for answer in asyncio.as_completed(asked):
             try:
                 ranges = await answer
             except (RedisUnavailableError, RedisReplyError):
                 continue
             owners, known = read_slot_ranges(ranges)
-            if len(owners) == SLOT_COUNT:
-                self._known_nodes = known
-                return owners
-        raise RedisUnavailableError("no node of the cluster knows a master for every slot")
+            if not best or owners.count(None) < best.count(None):
+                best, self._known_nodes = owners, known
+            if None not in best:
+                break
+        if not best:
+            raise RedisUnavailableError("no node of the cluster answers")
+        return best
 
-    async def _ask_for_slots(self, address: tuple[str, int]) -> list[Any]:
+    async def _ask_for_slots(self, address: Address) -> list[Any]:
         connection = self._build_connection(address)
 
         async def ask() -> Any:
@@ -273,19 +356,6 @@ class ClusterConnection(RedisConnection):
             for node in nodes:
                 node[0] = node[0] or address[0].encode()
         return ranges  # type: ignore[no-any-return]
-
-
-class _MasterListener:
-    """Tells the cluster's connection that a master was lost."""
-
-    def __init__(self, cluster: ClusterConnection) -> None:
-        self._cluster = cluster
-
-    def on_redis_up(self) -> None:
-        """The cluster's connection waits for all masters by itself."""
-
-    def on_redis_down(self) -> None:
-        self._cluster.break_connection()
 
 
 def get_hash_tag(key: bytes) -> bytes:
@@ -308,15 +378,12 @@ def compute_slot(tag: bytes) -> int:
     return binascii.crc_hqx(tag, 0) % SLOT_COUNT
 
 
-def read_slot_ranges(ranges: list[Any]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Return the master's address of each slot in order, and all nodes, of the reply to CLUSTER SLOTS.
-
-    The first list is shorter than SLOT_COUNT where slots have no master.
-    """
-    owners: dict[int, tuple[str, int]] = {}
-    known: dict[tuple[str, int], None] = {}
+def read_slot_ranges(ranges: list[Any]) -> tuple[list[Address | None], list[Address]]:
+    """Return the master's address of each slot, None where it has none, and all nodes, of a reply to CLUSTER SLOTS."""
+    owners: list[Address | None] = [None] * SLOT_COUNT
+    known: dict[Address, None] = {}
     for first, last, *nodes in ranges:
         addresses = [(node[0].decode(), int(node[1])) for node in nodes]
         known.update(dict.fromkeys(addresses))
-        owners.update(dict.fromkeys(range(first, last + 1), addresses[0]))
-    return [owners[slot] for slot in sorted(owners)], list(known)
+        owners[first : last + 1] = [addresses[0]] * (last + 1 - first)
+    return owners, list(known)

@@ -39,13 +39,13 @@ OnReply = Callable[[Any], None]
 
 
 class ConnectionListener(Protocol):
-    """Told when the connection is usable and when it is lost."""
+    """Told when the connection is usable and when it is lost; of a cluster, when one of its masters is."""
 
     def on_redis_up(self) -> None:
         """Called after the handshake and the loading of scripts, before anyone else can send."""
 
     def on_redis_down(self) -> None:
-        """Called after the owners of all unanswered commands were told."""
+        """Called after the owners of all unanswered commands were told. `is_up_for` says for which keys."""
 
 
 class Script:
@@ -61,6 +61,8 @@ class RedisConnection(asyncio.Protocol):
 
     def __init__(self, url: str, *, timeout_s: float, scripts: tuple[Script, ...] = ()) -> None:
         self.is_up = False
+        # By then every process that lives has connected again to a server that is back.
+        self.reconnect_s_max = CONNECT_TIMEOUT_S + RECONNECT_DELAY_MAX_S
         self._url = urlsplit(url)
         self._timeout_s = timeout_s
         self._scripts = scripts
@@ -75,6 +77,10 @@ class RedisConnection(asyncio.Protocol):
         self._came_up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
+
+    def is_up_for(self, key: str) -> bool:
+        """Return whether commands for `key`, and for all with its hash tag, can be sent now."""
+        return self.is_up
 
     def add_listener(self, listener: ConnectionListener) -> None:
         """Have `listener` told of ups and downs, in the order of registration."""

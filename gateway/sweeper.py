@@ -16,9 +16,10 @@ from gateway.call_records import Call, HoldRecord, ProgressRecord
 from gateway.calls import build_abandoned_settlement, build_progress
 from gateway.contract.call_id import get_call_id_ms
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
-from gateway.event_log import EventLog, replay_records
+from gateway.event_log import EventLog
 from gateway.redis_connection import RedisConnection, Script
 from gateway.settings import Settings
+from gateway.settle_commands import ReplayProgress, replay_records
 from gateway.snapshot_reader import PartitionKeys, SnapshotReader
 from gateway.spool import REPLAY_AGE_MAX_S, Spool, SpooledSettle, SpoolRecord, lock_adoption, open_orphan_spools
 from gateway.spool_room import compute_call_bytes
@@ -118,27 +119,28 @@ class Sweeper:
         by_partition: dict[PartitionKeys, list[bytes | str]] = {}
         if catalog is not None:
             by_partition = {keys: [] for keys in catalog.partitions}
-        has_replay = b"1" if self._is_adopting or self._event_log.has_replay else b"0"
         for call in self._in_flight.values():
             by_partition.setdefault(call.caller.keys, []).extend((call.call_id, build_progress(call)))
         for keys, pairs in by_partition.items():
             names = (keys.holds, keys.leases, keys.progress, keys.replays)
-            owner = (self._settings.lease_s * 1000, self._event_log.producer, has_replay)
+            has_replay = self._is_adopting or self._event_log.has_replay(keys.partition)
+            owner = (self._settings.lease_s * 1000, self._event_log.producer, b"1" if has_replay else b"0")
             self._redis.send((b"EVALSHA", RENEW.sha, len(names), *names, *owner, *pairs), lambda _reply: None)
 
     async def _sweep_for_ever(self) -> None:
         while True:
             await asyncio.sleep(min(ROUND_S, self._settings.lease_s / 4))
             catalog = self._snapshots.catalog
-            # While this process has a spool, what it sweeps would wait there, too.
-            if catalog is None or not self._event_log.spool.is_empty or self._loop.time() < self._sweep_from:
+            if catalog is None or self._loop.time() < self._sweep_from:
                 continue
             for keys in catalog.partitions:
+                # While a partition is in the spool, what is swept of it would wait there, too.
+                if not self._redis.is_up_for(keys.tag) or self._event_log.is_in_spool(keys.partition):
+                    continue
                 try:
                     await self._sweep(keys)
                 except (RedisUnavailableError, RedisReplyError, SpoolFullError, OSError) as error:
                     log.warning("could not sweep partition %d: %s", keys.partition, error)
-                    break
 
     async def _sweep(self, keys: PartitionKeys) -> None:
         catalog = self._snapshots.catalog
@@ -149,7 +151,8 @@ class Sweeper:
         if not await self._list_expired(keys, walk):
             walk.end()
             return
-        if not await self._adopt_orphans():
+        waiting = await self._adopt_orphans()
+        if waiting is None or keys.partition in waiting:
             return
         reply = await self._list_expired(keys, walk)
         settlements = []
@@ -213,30 +216,31 @@ class Sweeper:
 
     async def _adopt_for_ever(self) -> None:
         while True:
-            if self._redis.is_up:
+            catalog = self._snapshots.catalog
+            if catalog is not None and any(self._redis.is_up_for(keys.tag) for keys in catalog.partitions):
                 await self._adopt_orphans()
             await asyncio.sleep(ADOPTION_S)
 
-    async def _adopt_orphans(self) -> bool:
-        """Replay the spools that dead processes left on this machine; return whether none is left that could be.
+    async def _adopt_orphans(self) -> set[int] | None:
+        """Replay the spools that dead processes left on this machine; return the partitions that still wait for it.
 
-        One process of the machine does so at a time: a spool that another one is replaying is locked, like those of
-        the living.
+        Those are the ones whose Redis is away. None: another process of the machine does so now; one at a time does,
+        as a spool that is being replayed is locked, like those of the living.
         """
         async with self._adoption_lock:
             turn = await self._loop.run_in_executor(self._disk, lock_adoption, self._settings.spool_dir)
             if turn is None:
-                return False
+                return None
+            waiting: set[int] = set()
             try:
                 orphans = await self._loop.run_in_executor(self._disk, open_orphan_spools, self._settings.spool_dir)
                 if not orphans:
-                    return self._redis.is_up
+                    return waiting
                 self._say_adopting(True)
-                outcomes = [await self._adopt(orphan) for orphan in orphans]
-                if not all(outcomes):
-                    return False
+                for orphan in orphans:
+                    waiting |= await self._adopt(orphan)
                 self._say_adopting(False)
-                return self._redis.is_up
+                return waiting
             finally:
                 self._is_adopting = False
                 os.close(turn)
@@ -246,13 +250,14 @@ class Sweeper:
         self._is_adopting = is_adopting
         self._renew()
 
-    async def _adopt(self, spool: Spool) -> bool:
+    async def _adopt(self, spool: Spool) -> set[int]:
         """Replay the spool of a dead process under its own producer, then remove it; keep it when that fails.
 
-        Return False where Redis has gone away: the sweep waits for what the spool knows. It does not wait for a spool
+        Return the partitions whose Redis is away: their sweep waits for what the spool knows. None waits for a spool
         that cannot be read, or that Redis refuses: that may last for ever, and a late settle is still heard.
         """
-        floors: dict[tuple[str, int], int] = {}
+        errors: dict[int, RedisReplyError | RedisUnavailableError] = {}
+        progress = ReplayProgress()
         offset = count = 0
         try:
             while True:
@@ -262,18 +267,22 @@ class Sweeper:
                 if _is_too_old(records[0]):
                     log.error("the spool %s is too old to be replayed and is kept as .expired", spool.path.name)
                     spool.set_aside()
-                    return True
-                await replay_records(self._redis, records, floors=floors)
+                    return set()
+                wanted = [record for record in records if record.partition not in errors]
+                errors |= await replay_records(self._redis, wanted, progress)
                 count += sum(isinstance(record, SpooledSettle) for record in records)
                 offset = end
-            spool.remove()
-        except Exception as error:
-            log.error("the orphan spool %s could not be replayed and is kept: %r", spool.path.name, error)
-            spool.close()
-            return not isinstance(error, RedisUnavailableError)
-        if count:
-            log.warning("adopted the spool %s: %d events", spool.path.name, count)
-        return True
+            if not errors:
+                spool.remove()
+                if count:
+                    log.warning("adopted the spool %s: %d events", spool.path.name, count)
+                return set()
+        except Exception as failure:
+            log.error("the orphan spool %s could not be replayed and is kept: %r", spool.path.name, failure)
+        for partition, error in errors.items():
+            log.error("the orphan spool %s is kept for partition %d: %r", spool.path.name, partition, error)
+        spool.close()
+        return {partition for partition, error in errors.items() if isinstance(error, RedisUnavailableError)}
 
 
 def _is_too_old(record: SpoolRecord) -> bool:

@@ -37,6 +37,8 @@ class LoopbackCluster:
             f"cluster-port {choose_free_port()}",
             f"cluster-node-timeout {NODE_TIMEOUT_MS}",
             f"masterauth {password}",
+            # As deploy/README.md says: the others go on without a master.
+            "cluster-require-full-coverage no",
             "repl-diskless-sync-delay 0",
         )
         return EmbeddedRedis(node_folder, extra=lines)

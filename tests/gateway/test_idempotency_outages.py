@@ -146,7 +146,7 @@ def build_idempotency(connection: RedisConnection, folder: Path) -> Idempotency:
 
 
 def build_claim(name: str) -> _Claim:
-    return _Claim(name, Reservation(b"fingerprint", name))
+    return _Claim("{p01}", name, Reservation(b"fingerprint", name))
 
 
 def test_requests_that_are_refused_leave_nothing_behind(tmp_path: Path) -> None:

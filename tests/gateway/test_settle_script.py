@@ -14,7 +14,7 @@ from gateway.admission import ADMIT, CANCEL
 from gateway.call_records import HoldRecord, Settlement
 from gateway.contract.streams import get_stream_key
 from gateway.contract.usage_event import superseded_from_wire
-from gateway.event_log import PLACE_HOLD, SETTLE, build_settle_command
+from gateway.settle_commands import PLACE_HOLD, SETTLE, build_settle_command
 from gateway.snapshot_reader import build_partition_keys
 from gateway.sweeper import LIST_EXPIRED, RENEW
 

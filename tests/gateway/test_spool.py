@@ -14,14 +14,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.call_records import HoldRecord
+from gateway.call_records import HoldRecord, Settlement
 from gateway.calls import CODE_LENGTH_MAX, TEXT_LENGTH_MAX
 from gateway.contract.call_id import build_call_id
 from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, to_wire
 from gateway.errors import SpoolFullError
-from gateway.event_log import PLACE_HOLD, REPLAY_RETRY_S, SETTLE, EventLog
+from gateway.event_log import REPLAY_RETRY_S, EventLog
 from gateway.redis_cluster import connect_redis
 from gateway.relay import ATTEMPTS_MAX
+from gateway.settle_commands import PLACE_HOLD, SETTLE
+from gateway.snapshot_reader import build_partition_keys
 from gateway.spool import ALLOCATION_BYTES_MIN, Spool, SpooledIntent, SpooledSettle, open_orphan_spools, open_own_spool
 from gateway.spool_room import compute_call_bytes
 from gateway.telemetry import Telemetry
@@ -155,10 +157,6 @@ def test_a_spool_that_cannot_be_cleared_is_replayed_in_peace(
     tmp_path: Path, gateway_redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     spool = open_own_spool(tmp_path, "gw-writer", bytes_max=WIDE)
-    spool.append([build_settle(1)])
-    read_only = os.open(spool.path, os.O_RDONLY)
-    os.dup2(read_only, spool._file)
-    os.close(read_only)
 
     def list_failures() -> list[str]:
         return [record.message for record in caplog.records if record.name == "gateway.event_log"]
@@ -166,6 +164,18 @@ def test_a_spool_that_cannot_be_cleared_is_replayed_in_peace(
     async def run() -> float:
         redis = connect_redis(gateway_redis_url, timeout_s=5, scripts=(SETTLE, PLACE_HOLD))
         event_log = EventLog(redis, spool, Telemetry("0", tmp_path), producer="gw-writer", settle_wait_s=1)
+        settlement = Settlement(
+            keys=build_partition_keys(1),
+            call_id="call",
+            tenant_id=1,
+            api_key_id=1,
+            month="202611",
+            build_event=lambda _producer, _seq: b"event",
+        )
+        assert await event_log.settle(settlement) == "spooled"
+        read_only = os.open(spool.path, os.O_RDONLY)
+        os.dup2(read_only, spool._file)
+        os.close(read_only)
         started_at = time.monotonic()
         redis.start()
         while not list_failures():
