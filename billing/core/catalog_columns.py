@@ -130,7 +130,7 @@ def number_of(*numbers: int) -> Reader:
     """Return a reader of one of `numbers`."""
 
     def read(value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value not in numbers:
+        if not isinstance(value, int) or value not in numbers:
             raise ValueError(f"must be {' or '.join(map(str, numbers))}, without quotes, not {describe(value)}")
         return value
 
