@@ -78,7 +78,8 @@ class CountingUpstream:
             await writer.drain()
             await asyncio.sleep(delay_s)
         _write_frame(writer, json.dumps({"id": "c", "choices": [], "usage": build_usage(chunks, input_tokens)}))
-        _write_frame(writer, "[DONE]")
+        if fault != "no_done":
+            _write_frame(writer, "[DONE]")
         writer.write(b"0\r\n\r\n")
         record[2] = 1
 

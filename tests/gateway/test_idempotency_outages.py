@@ -10,18 +10,20 @@ import signal
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import openai
 import pytest
+import redis
 import uvloop
 
 from gateway import idempotency
 from gateway.errors import GatewayError
 from gateway.idempotency import IDEMPOTENCY, Idempotency, _Claim
-from gateway.kept_answers import Reservation
+from gateway.kept_answers import Kept, Reservation, StoredAnswer
 from gateway.redis_connection import RedisConnection
 from gateway.settings import Settings
 from gateway.telemetry import Telemetry
@@ -141,8 +143,35 @@ def test_an_outage_longer_than_the_lease_makes_no_second_call(
 
 
 def build_idempotency(connection: RedisConnection, folder: Path) -> Idempotency:
-    settings = Settings(redis_url="redis://127.0.0.1:1", api_key_pepper=b"p" * 16, data_dir=folder)
+    # A lease of a minute, as in production: nothing below is renewed by the clock.
+    settings = Settings(redis_url="redis://127.0.0.1:1", api_key_pepper=b"p" * 16, data_dir=folder, lease_s=60)
     return Idempotency(connection, settings, Telemetry("0", folder))
+
+
+def build_answer(call_id: str, body: bytes = b"") -> StoredAnswer:
+    return StoredAnswer(b"fingerprint", call_id, 200, (), body, False)
+
+
+async def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not is_so():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+def run_with_redis(folder: Path, url: str, main: Callable[..., Awaitable[None]], *, timeout_s: float = 1) -> None:
+    """Run `main(subject, connection, client)` on a connection that is up."""
+
+    async def run() -> None:
+        connection = RedisConnection(url, timeout_s=timeout_s, scripts=(IDEMPOTENCY,))
+        subject = build_idempotency(connection, folder)
+        connection.start()
+        assert await connection.wait_up(5)
+        with redis.Redis.from_url(url) as client:
+            await main(subject, connection, client)
+        await connection.close()
+
+    uvloop.run(run())
 
 
 def build_claim(name: str) -> _Claim:
@@ -182,6 +211,100 @@ def test_running_calls_with_a_key_are_bounded(
         for claim in claims[1:]:
             await subject._end(claim, None)
         assert (subject._claims, subject._waiting_bytes) == ({}, 0)
+        await connection.close()
+
+    uvloop.run(main())
+
+
+def test_a_key_that_somebody_else_holds_is_no_claim(tmp_path: Path, gateway_redis_url: str, key: str) -> None:
+    async def main(subject: Idempotency, _: RedisConnection, client: redis.Redis) -> None:
+        first, second = (_Claim("{p01}", key, Reservation(b"fingerprint", call_id)) for call_id in ("call-1", "call-2"))
+        assert await subject._reserve(first) is None
+        assert await subject._reserve(second) == Reservation(b"fingerprint", "call-1")
+        # A key of another type: the server answers with an error.
+        client.lpush(f"{key}-list", "x")
+        with pytest.raises(GatewayError, match="cannot be honoured"):
+            await subject._reserve(build_claim(f"{key}-list"))
+        assert list(subject._claims) == ["call-1"]
+        # The last word on a key is tried again, whatever the server says to it.
+        client.delete(key)
+        client.lpush(key, "x")
+        await subject._end(first, build_answer("call-1"))
+        assert list(subject._claims) == ["call-1"]
+        client.delete(key)
+        subject.on_redis_up()
+        await wait_until(lambda: not subject._claims)
+        assert client.get(key) == msgspec.msgpack.encode(build_answer("call-1"))
+        assert (subject._waiting_bytes, 86_000_000 < client.pttl(key) <= 86_400_000) == (0, True)
+
+    run_with_redis(tmp_path, gateway_redis_url, main)
+
+
+def test_a_key_whose_reservation_was_not_answered_is_freed(tmp_path: Path, gateway_redis_url: str, key: str) -> None:
+    """The server has applied it, and the gateway, which was not told, has refused the request."""
+
+    async def main(subject: Idempotency, connection: RedisConnection, client: redis.Redis) -> None:
+        claim = build_claim(key)
+        client.client_pause(700)
+        with pytest.raises(GatewayError, match="cannot be honoured"):
+            await subject._reserve(claim)
+        # What the server does with a command whose connection ends before the pause is its own choice.
+        client.set(key, claim.own)
+        await wait_until(lambda: connection.is_up)
+        await wait_until(lambda: not subject._claims)
+        assert (client.get(key), subject._waiting_bytes) == (None, 0)
+
+    run_with_redis(tmp_path, gateway_redis_url, main, timeout_s=0.2)
+
+
+def test_what_is_claimed_is_said_again_as_soon_as_redis_is_back(
+    tmp_path: Path, gateway_redis_url: str, key: str
+) -> None:
+    async def main(subject: Idempotency, connection: RedisConnection, client: redis.Redis) -> None:
+        assert await subject._reserve(build_claim(key)) is None
+        reservation = client.get(key)
+        client.delete(key)
+        connection.break_connection()
+        await wait_until(lambda: client.exists(key) == 1)
+        assert (client.get(key), 59_000 < client.pttl(key) <= 60_000) == (reservation, True)
+        # Others have had no time yet to say theirs.
+        with pytest.raises(GatewayError) as caught:
+            await subject._reserve(build_claim(f"{key}-new"))
+        assert dict(caught.value.headers) == {b"retry-after": b"3"}
+        # An answer that is older than the connection is not taken for the word that was changed meanwhile.
+        await asyncio.gather(subject._push(subject._claims[key]), subject._end(subject._claims[key], build_answer(key)))
+        assert subject._claims == {}
+        assert client.get(key) == msgspec.msgpack.encode(build_answer(key))
+
+    run_with_redis(tmp_path, gateway_redis_url, main)
+
+
+def test_answers_that_wait_for_redis_are_bounded(
+    tmp_path: Path, gateway_redis_url: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of the same size, of which two may wait."""
+    call_ids = [f"{key}-{number}" for number in range(3)]
+    answers = [build_answer(call_id, b"x" * 1_000) for call_id in call_ids]
+    size = len(msgspec.msgpack.encode(answers[0]))
+    monkeypatch.setattr(idempotency, "WAITING_BYTES_MAX", 2 * size)
+
+    async def main() -> None:
+        connection = RedisConnection(gateway_redis_url, timeout_s=1, scripts=(IDEMPOTENCY,))
+        subject = build_idempotency(connection, tmp_path)
+        for call_id, answer in zip(call_ids, answers, strict=True):
+            subject._claims[call_id] = build_claim(call_id)
+            await subject._end(subject._claims[call_id], answer)
+        assert list(subject._claims) == call_ids
+        lost_bytes = len(subject._claims[call_ids[2]].value)
+        assert subject._waiting_bytes == 2 * size + lost_bytes
+        connection.start()
+        await wait_until(lambda: not subject._claims)
+        assert subject._waiting_bytes == 0
+        with redis.Redis.from_url(gateway_redis_url) as client:
+            kept = [msgspec.msgpack.decode(client.get(call_id), type=Kept) for call_id in call_ids]
+        assert kept[:2] == answers[:2]
+        assert (kept[2].code, kept[2].call_id) == ("idempotent_answer_not_stored", call_ids[2])
+        assert "too many answers were waiting to be stored" in kept[2].message
         await connection.close()
 
     uvloop.run(main())
