@@ -88,7 +88,7 @@ class EventLog:
         queue.pending.append(pending)
         if queue.can_send and queue.sent_count == len(queue.pending) - 1:
             self._send(queue, pending)
-        elif queue.down_since is not None and self._loop.time() - queue.down_since > self._settle_wait_s:
+        elif queue.is_spool_due(self._loop.time(), wait_s=self._settle_wait_s):
             self._start_spooling(queue)
         return pending.future
 
@@ -328,6 +328,7 @@ class EventLog:
                     log.error("the replay of partition %d failed and will be tried again: %s", number, error)
             for queue in queues.values():
                 queue.is_replay_refused = False
+                queue.is_far_behind = len(records) == REPLAY_BATCH
             for record in records:
                 if isinstance(record, SpooledSettle) and record.partition in queues:
                     queue = queues[record.partition]
@@ -341,5 +342,5 @@ class EventLog:
             await self._loop.run_in_executor(self._disk, clear)
             self._spool_since = None
         for queue in queues.values():
-            queue.in_spool = queue.is_replay_refused = False
+            queue.in_spool = queue.is_replay_refused = queue.is_far_behind = False
             self._restart(queue)

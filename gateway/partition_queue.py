@@ -27,7 +27,8 @@ class PartitionQueue:
     """The settles of a partition. Of `pending` the first `sent_count` are on the wire under the current epoch.
 
     `in_spool`: records of it in the spool wait to be replayed, so nothing newer may go to Redis. `is_spooling`: what
-    is pending is on the way to the spool. `down_since` is None while its Redis is up.
+    is pending is on the way to the spool. `down_since` is None while its Redis is up. `is_far_behind`: the replay has
+    more to do than what comes meanwhile, so nobody waits for its end.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class PartitionQueue:
         "down_since",
         "epoch",
         "in_spool",
+        "is_far_behind",
         "is_holding_back",
         "is_replay_refused",
         "is_spooling",
@@ -58,6 +60,7 @@ class PartitionQueue:
         self.is_holding_back = False
         self.is_spooling = False
         self.in_spool = False
+        self.is_far_behind = False
         self.is_replay_refused = False
 
     @property
@@ -74,6 +77,10 @@ class PartitionQueue:
     def can_spool(self) -> bool:
         """Whether there is something for the spool that it has not refused."""
         return bool(self.pending) and not self.pending[-1].is_refused
+
+    def is_spool_due(self, now: float, *, wait_s: float) -> bool:
+        """Whether what cannot be sent need not wait for Redis at all."""
+        return self.is_far_behind or (self.down_since is not None and now - self.down_since > wait_s)
 
     def note_loss(self, now: float) -> None:
         """Its Redis is away, and may have lost what it had acknowledged when it comes back."""

@@ -19,6 +19,7 @@ from gateway.snapshot_reader import build_partition_keys
 from tests.fakes.full_listener import fill_listener
 from tests.fakes.gateway_stack import MODEL, NO_HOLDS, read_events, read_holds, wait_for_events
 from tests.fakes.load_client import Answer, send_call
+from tests.fakes.slow_disk import slow_down_disk
 from tests.gateway.test_crashes import CrashStack
 from tests.gateway.test_degraded import check_books, list_spools, measure_records
 
@@ -30,15 +31,6 @@ COUNT = 16
 DRAIN_S = 30
 # Whoever waits for that bound, or for the end of a long stream, takes longer, on a busy machine too.
 SOON_S = DRAIN_S / 2
-# Each Python process runs it when it starts.
-SLOW_DISK = """
-import os, time
-sync = os.fsync
-def sync_slowly(file):
-    time.sleep(1)
-    sync(file)
-os.fsync = sync_slowly
-"""
 
 
 @pytest.fixture
@@ -48,9 +40,7 @@ def drain_s() -> int:
 
 @pytest.fixture
 def slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have an fsync of the gateway take a second."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    slow_down_disk(monkeypatch, tmp_path, seconds=1)
 
 
 @pytest.fixture
