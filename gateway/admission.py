@@ -7,8 +7,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from gateway.call_records import Call
-from gateway.calls import build_hold, format_nano, get_month, get_prepaid_month
+from gateway.calls import Call, build_hold, format_nano, get_month, get_prepaid_month
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.errors import (
     RATE_LIMIT,

@@ -19,8 +19,7 @@ from gateway import idempotency, relay, tokenization
 from gateway.admission import ADMIT, CANCEL, Admission
 from gateway.authentication import Authenticator, check_scope
 from gateway.background import keep_running
-from gateway.call_records import Call
-from gateway.calls import read_labels
+from gateway.calls import Call, read_labels
 from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord, UpstreamRecord
 from gateway.counting import count_live_streams
 from gateway.endpoints.dialect import Dialect

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.errors import SERVER, UpstreamConnectionError
-from gateway.providers.base import UpstreamFailure
+from gateway.providers.answer_records import UpstreamFailure
 from gateway.providers.upstream_errors import remove_credential
 from gateway.upstream import read_credential
 

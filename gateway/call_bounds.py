@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from gateway.call_records import Call
-from gateway.calls import compute_estimate_nano
+from gateway.calls import Call, compute_estimate_nano
 from gateway.contract.usage_event import TOKENS_MAX
 from gateway.errors import GatewayError
+from gateway.providers.base import CallRequest
 from gateway.tokenizer import TokenizerError, count_body_tokens, estimate_input_tokens
 from gateway.tokenizer_client import run_in_tokenizer
 
@@ -84,10 +84,14 @@ async def _cap(call: Call, names: tuple[str, ...], *, asked: int | None, bound: 
             bound = await _fit_into_window(call, bound)
         caps = {names[0]: bound}
     if caps:
-        call.request = msgspec.structs.replace(
-            call.request,
-            body=_append_members(call.request.body, caps),
-            json={**call.request.json, **caps},
+        request = call.request
+        call.request = CallRequest(
+            request.endpoint,
+            _append_members(request.body, caps),
+            {**request.json, **caps},
+            streamed=request.streamed,
+            client_asked_usage=request.client_asked_usage,
+            headers=request.headers,
             has_gateway_cap=asked is None,
         )
     return bound

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from datetime import datetime
 from typing import Final
 from zoneinfo import ZoneInfo
 
 import msgspec
 
-from gateway.call_records import Call, HoldRecord, ProgressRecord, Settlement, Verdict
-from gateway.contract.catalog_snapshot import PriceRecord, TenantRecord, UpstreamRecord
+from gateway.call_records import HoldRecord, ProgressRecord
+from gateway.contract.catalog_snapshot import PriceRecord, ServedModelRecord, TenantRecord, UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
-from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, UsageEvent, to_wire
-from gateway.providers.base import ReportedUsage
-from gateway.snapshot_reader import Catalog, PartitionKeys
+from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, to_wire
+from gateway.providers.base import CallRequest, ReportedUsage, StreamMeter
+from gateway.snapshot_reader import Caller, Catalog, PartitionKeys
 
 TOKENS_PER_PRICE_UNIT: Final = 1_000_000
 NANO: Final = 1_000_000_000
@@ -29,6 +30,117 @@ S_PER_QUARTER = 900
 
 
 NOTHING_USED = ReportedUsage(0, 0)
+
+
+class Call:
+    """One call from admission to settle. Times: `started_at` is monotonic seconds.
+
+    `window_tokens`: the most input that is believable, the model's window for each prompt. `reserved_bytes`: what is
+    set aside in the spool for the records of this call. `outcome` is set when the event is durable. `counted_usage`
+    is our own count of a live stream that reports none while it runs, at the last look (`counting.py`).
+    """
+
+    def __init__(
+        self,
+        *,
+        call_id: str,
+        occurred_at_us: int,
+        started_at: float,
+        caller: Caller,
+        model: ServedModelRecord,
+        price: PriceRecord,
+        endpoint: str,
+        request: CallRequest,
+        labels: dict[str, str],
+    ) -> None:
+        self.call_id = call_id
+        self.occurred_at_us = occurred_at_us
+        self.started_at = started_at
+        self.caller = caller
+        self.model = model
+        self.price = price
+        self.endpoint = endpoint
+        self.request = request
+        self.labels = labels
+        self.window_tokens = 0
+        self.estimate_nano = 0
+        self.estimate_tokens = 0
+        self.rate_second: int | None = None
+        self.reserved_bytes = 0
+        self.has_spooled_intent = False
+        self.is_settled = False
+        self.outcome: Outcome | None = None
+        self.upstream: UpstreamRecord | None = None
+        self.meter: StreamMeter | None = None
+        self.attempts: list[Attempt] = []
+        self.first_byte_us: int | None = None
+        self.recorded_usage: ReportedUsage | None = None
+        self.counted_usage: ReportedUsage | None = None
+
+
+class Verdict:
+    """What the end of a call says: how it ended, and the counts to record."""
+
+    def __init__(
+        self,
+        *,
+        outcome: Outcome,
+        source: UsageSource,
+        usage: ReportedUsage,
+        finish_reason: str = "",
+        provider_request_id: str = "",
+        counted_input_tokens: int | None = None,
+        counted_output_tokens: int | None = None,
+    ) -> None:
+        self.outcome = outcome
+        self.source = source
+        self.usage = usage
+        self.finish_reason = finish_reason
+        self.provider_request_id = provider_request_id
+        self.counted_input_tokens = counted_input_tokens
+        self.counted_output_tokens = counted_output_tokens
+
+
+class Settlement:
+    """What is recorded of a call. `build_event` makes the event's bytes of producer and seq.
+
+    `rate_second` and `tokens_difference` correct the token windows. `prepaid_month` is "" for a tenant without credits.
+    """
+
+    def __init__(
+        self,
+        *,
+        keys: PartitionKeys,
+        call_id: str,
+        tenant_id: int,
+        api_key_id: int,
+        month: str,
+        build_event: Callable[[str, int], bytes],
+        mode: str = "settle",
+        has_spooled_intent: bool = False,
+        cost_nano: int = 0,
+        billed_model_id: int | None = None,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        rate_second: int | None = None,
+        tokens_difference: int = 0,
+        prepaid_month: str = "",
+    ) -> None:
+        self.keys = keys
+        self.call_id = call_id
+        self.tenant_id = tenant_id
+        self.api_key_id = api_key_id
+        self.month = month
+        self.build_event = build_event
+        self.mode = mode
+        self.has_spooled_intent = has_spooled_intent
+        self.cost_nano = cost_nano
+        self.billed_model_id = billed_model_id
+        self.input_tokens = input_tokens
+        self.output_tokens = output_tokens
+        self.rate_second = rate_second
+        self.tokens_difference = tokens_difference
+        self.prepaid_month = prepaid_month
 
 
 def compute_cost_nano(price: PriceRecord, usage: ReportedUsage) -> int:

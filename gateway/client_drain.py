@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from gateway.call_records import Call
-from gateway.calls import TOKENS_PER_PRICE_UNIT
+from gateway.calls import TOKENS_PER_PRICE_UNIT, Call
 from gateway.contract.catalog_snapshot import PriceRecord
 from gateway.settings import Settings
 from gateway.upstream import UpstreamConnection

@@ -12,10 +12,10 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gateway.call_records import Call, Verdict
-from gateway.calls import NOTHING_USED
+from gateway.calls import NOTHING_USED, Call, Verdict
 from gateway.contract.token_kind import Outcome, UsageSource
-from gateway.providers.base import CallResult, EmittedText, ReportedUsage
+from gateway.providers.answer_records import EmittedText
+from gateway.providers.base import CallResult, ReportedUsage
 from gateway.telemetry import Telemetry
 from gateway.tokenizer import TokenizerError, count_tokens
 from gateway.tokenizer_client import run_in_tokenizer

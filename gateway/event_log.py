@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from gateway.background import keep_running
-from gateway.call_records import Settlement
+from gateway.calls import Settlement
 from gateway.contract.streams import get_partition_tag
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
 from gateway.partition_queue import PartitionQueue, PendingSettle

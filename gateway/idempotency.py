@@ -30,7 +30,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from gateway.admission import NO_RETRY
-from gateway.call_records import Call
+from gateway.calls import Call
 from gateway.cleanup import run_with_cleanup
 from gateway.contract.streams import PARTITION_COUNT_MAX, get_partition_tag
 from gateway.contract.token_kind import Outcome

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 
-from gateway.call_records import Settlement
+from gateway.calls import Settlement
 
 
 class PendingSettle:

@@ -17,8 +17,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gateway.admission import Admission, Headers
 from gateway.attempts import (
@@ -29,8 +30,7 @@ from gateway.attempts import (
     build_stream_failure,
 )
 from gateway.call_bounds import bound_call
-from gateway.call_records import Call, Verdict
-from gateway.calls import ATTEMPT_COMPLETED, CODE_LENGTH_MAX, NOTHING_USED, build_settlement, format_nano
+from gateway.calls import ATTEMPT_COMPLETED, CODE_LENGTH_MAX, NOTHING_USED, Call, Verdict, build_settlement, format_nano
 from gateway.client_drain import CLIENT_GONE, ClientDrain
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import Outcome, UsageSource
@@ -46,7 +46,8 @@ from gateway.errors import (
 from gateway.event_log import EventLog
 from gateway.exchange import Exchange
 from gateway.providers import get_provider
-from gateway.providers.base import CallResult, EmittedText, Provider, ProviderError, ReportedUsage, UpstreamFailure
+from gateway.providers.answer_records import EmittedText, UpstreamFailure
+from gateway.providers.base import CallResult, Provider, ProviderError, ReportedUsage
 from gateway.providers.upstream_errors import build_invalid_answer
 from gateway.routing import CircuitBreakers, list_candidates
 from gateway.settings import Settings
@@ -412,9 +413,9 @@ class Relay:
             verdict = await self._judge(self._call.meter.finish(), Outcome.ABANDONED)
         await self._settle(verdict)
 
-    async def _judge(self, result: CallResult, outcome: Outcome) -> Verdict:
+    def _judge(self, result: CallResult, outcome: Outcome) -> Coroutine[Any, Any, Verdict]:
         parts = self._parts
-        return await judge_usage(
+        return judge_usage(
             self._call, result, outcome=outcome, telemetry=parts.telemetry, audit_permille=parts.settings.audit_permille
         )
 

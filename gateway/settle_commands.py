@@ -6,7 +6,7 @@ import asyncio
 import functools
 from typing import Any
 
-from gateway.call_records import Settlement
+from gateway.calls import Settlement
 from gateway.errors import RedisReplyError, RedisUnavailableError
 from gateway.partition_queue import PendingSettle
 from gateway.redis_connection import RedisConnection, Script, build_command_head, pack_arguments

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from gateway.background import keep_running
-from gateway.call_records import Call, HoldRecord, ProgressRecord
-from gateway.calls import build_abandoned_settlement, build_progress
+from gateway.call_records import HoldRecord, ProgressRecord
+from gateway.calls import Call, build_abandoned_settlement, build_progress
 from gateway.contract.call_id import get_call_id_ms
 from gateway.errors import RedisReplyError, RedisUnavailableError, SpoolFullError
 from gateway.event_log import EventLog

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from gateway.contract.token_kind import UsageSource
 from gateway.contract.usage_event import TOKENS_MAX
 from gateway.providers.base import CallRequest, ReportedUsage
@@ -100,7 +98,16 @@ def get_choices_count(call: CallRequest | None) -> int:
 
 def mark_source(usage: ReportedUsage, source: UsageSource) -> ReportedUsage:
     """Return the same counts with another source."""
-    return usage if usage.source is source else msgspec.structs.replace(usage, source=source)
+    if usage.source is source:
+        return usage
+    return ReportedUsage(
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_input_tokens,
+        usage.cache_write_tokens,
+        usage.reasoning_tokens,
+        source,
+    )
 
 
 def _zero_if_none(value: Any) -> Any:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gateway.chat_templates import RENDERERS, build_tool_call_text
-from gateway.providers.base import EmittedText
+from gateway.providers.answer_records import EmittedText
 
 if TYPE_CHECKING:
     import tiktoken

@@ -10,8 +10,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.call_records import Call
-from gateway.calls import NOTHING_USED
+from gateway.calls import NOTHING_USED, Call
 from gateway.endpoints.dialect import Answering, AnswerNotTranslatableError, Dialect
 from gateway.endpoints.messages import Messages
 from gateway.endpoints.responses import Responses
@@ -28,8 +27,13 @@ def translate_request(request: CallRequest, dialect: Dialect) -> CallRequest:
     """Return a tenant's request as a chat completion; raises GatewayError (400)."""
     chat = dialect.read_request(request.json)
     # The usage that the client sees is the one on record, not the provider's chunk.
-    return msgspec.structs.replace(
-        request, endpoint="chat.completions", body=msgspec.json.encode(chat), json=chat, client_asked_usage=False
+    return CallRequest(
+        "chat.completions",
+        msgspec.json.encode(chat),
+        chat,
+        streamed=request.streamed,
+        client_asked_usage=False,
+        headers=request.headers,
     )
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import msgspec
 
 from gateway.contract.catalog_snapshot import UpstreamRecord
+from gateway.providers.answer_records import UpstreamFailure
 from gateway.providers.base import (
     CallRequest,
     CallResult,
     ReportedUsage,
     StreamMeter,
     UnsupportedCallError,
-    UpstreamFailure,
     UpstreamRequest,
 )
 from gateway.providers.chat_translation import Chat, TranslatedAnswer, Turn, build_result, get_model_name, read_chat

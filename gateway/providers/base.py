@@ -1,18 +1,19 @@
 """The seam between the relay and a provider: what goes in, what comes out, and the two protocols.
 
 A provider kind is one module of this package with one class of this shape; `get_provider` finds it by name.
-The relay never looks into a provider's payload and a provider never does I/O.
+The relay never looks into a provider's payload and a provider never does I/O. What is made for each call is a plain
+class, which compiled code makes and reads fastest; once made it is not changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
-
-import msgspec
 
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import UsageSource
+from gateway.providers.answer_records import EmittedText, UpstreamFailure
 
 
 class ProviderError(Exception):
@@ -38,19 +39,32 @@ class UnsupportedCallError(ProviderError):
     code = "unsupported_call"
 
 
-class CallRequest(msgspec.Struct, frozen=True):
+class CallRequest:
     """A tenant's call. `headers` are already filtered: only what may be forwarded.
 
     `has_gateway_cap`: the bound of the output is ours, the client named none; it is in `body` and `json`.
     """
 
-    endpoint: str
-    body: bytes
-    json: dict[str, Any]
-    streamed: bool
-    client_asked_usage: bool
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    has_gateway_cap: bool = False
+    __slots__ = ("body", "client_asked_usage", "endpoint", "has_gateway_cap", "headers", "json", "streamed")
+
+    def __init__(
+        self,
+        endpoint: str,
+        body: bytes,
+        json: dict[str, Any],
+        *,
+        streamed: bool,
+        client_asked_usage: bool,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        has_gateway_cap: bool = False,
+    ) -> None:
+        self.endpoint = endpoint
+        self.body = body
+        self.json = json
+        self.streamed = streamed
+        self.client_asked_usage = client_asked_usage
+        self.headers = headers
+        self.has_gateway_cap = has_gateway_cap
 
     @property
     def client_asked_continuous_usage(self) -> bool:
@@ -59,19 +73,23 @@ class CallRequest(msgspec.Struct, frozen=True):
         return isinstance(options, dict) and options.get("continuous_usage_stats") is True
 
 
-class UpstreamRequest(msgspec.Struct, frozen=True):
+class UpstreamRequest:
     """What goes over the wire. `path` includes the path of the base URL and the query.
 
     `headers` are without host, content-length and connection: the HTTP connection adds those.
     """
 
-    method: str
-    path: str
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
+    __slots__ = ("body", "headers", "method", "path")
+
+    def __init__(self, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.body = body
 
 
-class ReportedUsage(msgspec.Struct, frozen=True):
+@dataclass(init=False, slots=True)
+class ReportedUsage:
     """Believable usage, in tokens and inclusive.
 
     Input includes cached input and cache writes, output includes reasoning.
@@ -79,50 +97,29 @@ class ReportedUsage(msgspec.Struct, frozen=True):
 
     input_tokens: int
     output_tokens: int
-    cached_input_tokens: int = 0
-    cache_write_tokens: int = 0
-    reasoning_tokens: int = 0
-    source: UsageSource = UsageSource.PROVIDER_FINAL
+    cached_input_tokens: int
+    cache_write_tokens: int
+    reasoning_tokens: int
+    source: UsageSource
+
+    def __init__(
+        self,
+        input_tokens: int,
+        output_tokens: int,
+        cached_input_tokens: int = 0,
+        cache_write_tokens: int = 0,
+        reasoning_tokens: int = 0,
+        source: UsageSource = UsageSource.PROVIDER_FINAL,
+    ) -> None:
+        self.input_tokens = input_tokens
+        self.output_tokens = output_tokens
+        self.cached_input_tokens = cached_input_tokens
+        self.cache_write_tokens = cache_write_tokens
+        self.reasoning_tokens = reasoning_tokens
+        self.source = source
 
 
-class EmittedChoice(msgspec.Struct, frozen=True):
-    """The text of one choice. `tool_calls` are (function name, arguments as JSON text)."""
-
-    content: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[tuple[str, str], ...] = ()
-    finish_reason: str = ""
-
-
-class EmittedText(msgspec.Struct, frozen=True):
-    """What an answer said, for our own count. `is_truncated`: too long to be kept, so it is not countable."""
-
-    choices: tuple[EmittedChoice, ...] = ()
-    is_truncated: bool = False
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no choice has any text."""
-        return not any(choice.content or choice.reasoning or choice.tool_calls for choice in self.choices)
-
-
-class UpstreamFailure(msgspec.Struct, frozen=True):
-    """A failed attempt as the tenant may see it: no secret and no address of the upstream is in `message`.
-
-    `is_retryable`: another upstream may be tried, as long as no byte has gone to the client. `param` is the member of
-    the request that the upstream complains of.
-    """
-
-    status: int
-    code: str
-    type: str
-    message: str
-    is_retryable: bool
-    retry_after_s: int | None = None
-    param: str | None = None
-
-
-class CallResult(msgspec.Struct, frozen=True):
+class CallResult:
     """What a finished (or cut) answer says.
 
     `usage` None: nothing believable was reported, so count or quarantine. `finish_reason` "" when not seen.
@@ -131,13 +128,26 @@ class CallResult(msgspec.Struct, frozen=True):
     not OpenAI's; None means the bytes as received.
     """
 
-    usage: ReportedUsage | None
-    finish_reason: str
-    provider_request_id: str
-    error: UpstreamFailure | None
-    is_complete: bool
-    emitted: Callable[[], EmittedText]
-    client_body: bytes | None = None
+    __slots__ = ("client_body", "emitted", "error", "finish_reason", "is_complete", "provider_request_id", "usage")
+
+    def __init__(
+        self,
+        *,
+        usage: ReportedUsage | None,
+        finish_reason: str,
+        provider_request_id: str,
+        error: UpstreamFailure | None,
+        is_complete: bool,
+        emitted: Callable[[], EmittedText],
+        client_body: bytes | None = None,
+    ) -> None:
+        self.usage = usage
+        self.finish_reason = finish_reason
+        self.provider_request_id = provider_request_id
+        self.error = error
+        self.is_complete = is_complete
+        self.emitted = emitted
+        self.client_body = client_body
 
 
 class StreamMeter(Protocol):

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import msgspec
 
 from gateway.contract.catalog_snapshot import UpstreamRecord
+from gateway.providers.answer_records import UpstreamFailure
 from gateway.providers.aws import AwsEvent, EventStreamSplitter, build_aws_headers
 from gateway.providers.base import (
     CallRequest,
@@ -21,7 +22,6 @@ from gateway.providers.base import (
     ReportedUsage,
     StreamMeter,
     UnsupportedCallError,
-    UpstreamFailure,
     UpstreamRequest,
 )
 from gateway.providers.chat_translation import Chat, TranslatedAnswer, Turn, build_result, get_model_name, read_chat

@@ -13,14 +13,8 @@ from typing import Any
 import msgspec
 
 from gateway.chat_templates import NotRenderableError, read_content, read_messages
-from gateway.providers.base import (
-    CallRequest,
-    CallResult,
-    EmittedChoice,
-    EmittedText,
-    ReportedUsage,
-    UnsupportedCallError,
-)
+from gateway.providers.answer_records import EmittedChoice, EmittedText
+from gateway.providers.base import CallRequest, CallResult, ReportedUsage, UnsupportedCallError
 from gateway.providers.tools import ToolCall, read_tool_calls
 
 # Members that say nothing about the answer itself.

@@ -14,14 +14,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 from gateway.contract.catalog_snapshot import UpstreamRecord
+from gateway.providers.answer_records import EmittedText, UpstreamFailure
 from gateway.providers.base import (
     CallRequest,
     CallResult,
-    EmittedText,
     ReportedUsage,
     StreamMeter,
     UnsupportedCallError,
-    UpstreamFailure,
     UpstreamRequest,
 )
 from gateway.providers.openai_stream import OpenAIStreamMeter

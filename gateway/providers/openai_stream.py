@@ -25,7 +25,8 @@ from typing import Any
 import msgspec
 
 from gateway.contract.token_kind import UsageSource
-from gateway.providers.base import CallRequest, CallResult, EmittedText, ReportedUsage, UpstreamFailure
+from gateway.providers.answer_records import EmittedText, UpstreamFailure
+from gateway.providers.base import CallRequest, CallResult, ReportedUsage
 from gateway.providers.chunk_records import RunningCount
 from gateway.providers.transcript import Transcript, parse_json, repair_json
 from gateway.providers.upstream_errors import build_invalid_answer, classify_body

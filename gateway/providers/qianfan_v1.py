@@ -16,13 +16,13 @@ import msgspec
 
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import UsageSource
+from gateway.providers.answer_records import UpstreamFailure
 from gateway.providers.base import (
     CallRequest,
     CallResult,
     ReportedUsage,
     StreamMeter,
     UnsupportedCallError,
-    UpstreamFailure,
     UpstreamRequest,
 )
 from gateway.providers.chat_translation import TranslatedAnswer, Turn, build_result, get_model_name, read_chat

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.providers.base import EmittedChoice, EmittedText
+from gateway.providers.answer_records import EmittedChoice, EmittedText
 from gateway.providers.chunk_records import TextChunk
 from gateway.sse import FrameSplitter, get_frame_data
 

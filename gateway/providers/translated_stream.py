@@ -16,14 +16,8 @@ from typing import Any
 import msgspec
 
 from gateway.contract.token_kind import UsageSource
-from gateway.providers.base import (
-    CallRequest,
-    CallResult,
-    EmittedChoice,
-    EmittedText,
-    ReportedUsage,
-    UpstreamFailure,
-)
+from gateway.providers.answer_records import EmittedChoice, EmittedText, UpstreamFailure
+from gateway.providers.base import CallRequest, CallResult, ReportedUsage
 from gateway.providers.chat_translation import build_openai_usage, get_model_name
 from gateway.providers.tools import ToolCall
 from gateway.providers.transcript import TEXT_CHARACTERS_MAX, parse_json

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.providers.base import UpstreamFailure
+from gateway.providers.answer_records import UpstreamFailure
 
 MESSAGE_CHARACTERS_MAX = 1000
 # A part of a credential that is shorter could be any word.

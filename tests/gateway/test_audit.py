@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from gateway.call_records import Call
 from gateway.contract.token_kind import Outcome
 from gateway.contract.usage_event import UsageEvent
 from gateway.counting import is_audited, judge_usage
 from gateway.exchange import make_call_id
-from gateway.providers.base import CallResult, EmittedText, ReportedUsage
+from gateway.providers.answer_records import EmittedText
+from gateway.providers.base import CallResult, ReportedUsage
 from tests.fakes.gateway_stack import MODEL, ServerProcess, build_gateway, wait_for_events
 from tests.fakes.metrics import read_metrics
 from tests.fakes.scripted_upstream import ScriptedUpstream, build_answer, build_chat_body
 from tests.gateway.conftest import Stack, wait_for_version
+from tests.gateway.providers.calls import build_bare_call
 
 PARIS = "The capital of France is Paris."  # 7 tokens, and one more for the end of the turn
 LABELS = (("gen_ai_provider_name", "provider-1"), ("gen_ai_request_model", MODEL))
@@ -126,8 +127,7 @@ def test_a_call_outside_the_sample_is_not_even_looked_at() -> None:
     result = CallResult(
         usage=reported, finish_reason="", provider_request_id="", error=None, is_complete=True, emitted=fail
     )
-    required = Call.__struct_fields__[: -len(Call.__struct_defaults__)] if Call.__struct_defaults__ else ()
-    call = Call(**dict.fromkeys(required) | {"call_id": "018bcfe5-6800-7000-8000-00000000051f"})
+    call = build_bare_call(call_id="018bcfe5-6800-7000-8000-00000000051f")
     verdict = asyncio.run(
         judge_usage(call, result, outcome=Outcome.COMPLETED, telemetry=None, audit_permille=20)  # type: ignore[arg-type]
     )

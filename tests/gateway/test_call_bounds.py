@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from gateway.call_bounds import WINDOW_MARGIN_TOKENS, bound_call
-from gateway.call_records import Call
+from gateway.calls import Call
 from gateway.contract.catalog_snapshot import CatalogSnapshot, Limits, ModelBudget, PrepaidBalance
 from gateway.errors import GatewayError
 from gateway.providers.base import CallRequest
@@ -179,7 +179,7 @@ def estimate(endpoint: str, body: dict[str, Any], *, limits: Limits | None = Non
         model=catalog.served_models[0],
         price=catalog.prices[0],
         endpoint=endpoint,
-        request=CallRequest(endpoint, data, json.loads(data), False, False),
+        request=CallRequest(endpoint, data, json.loads(data), streamed=False, client_asked_usage=False),
         labels={},
     )
     asyncio.run(bound_call(call))

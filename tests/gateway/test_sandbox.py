@@ -11,7 +11,8 @@ import pytest
 
 from gateway import tokenizer
 from gateway.providers import get_provider
-from gateway.providers.base import EmittedChoice, EmittedText, ReportedUsage
+from gateway.providers.answer_records import EmittedChoice, EmittedText
+from gateway.providers.base import ReportedUsage
 from gateway.sandbox_answers import CHINESE_SENTENCES, ENGLISH_SENTENCES, FAULTS, split_pieces
 from tests.gateway import hugging_face_tokenizer
 from tests.gateway.sandbox_server import run_sandbox

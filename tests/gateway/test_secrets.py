@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 
-from gateway.providers.base import UpstreamFailure
+from gateway.providers.answer_records import UpstreamFailure
 from gateway.providers.upstream_errors import remove_credential
 from tests.fakes.gateway_stack import MODEL, PEPPER, ServerProcess, read_events, wait_for_events
 from tests.fakes.load_client import Answer, send_call

@@ -11,7 +11,8 @@ import pytest
 import redis
 
 from gateway.admission import ADMIT, CANCEL
-from gateway.call_records import HoldRecord, Settlement
+from gateway.call_records import HoldRecord
+from gateway.calls import Settlement
 from gateway.contract.streams import get_stream_key
 from gateway.contract.usage_event import superseded_from_wire
 from gateway.settle_commands import PLACE_HOLD, SETTLE, build_settle_command

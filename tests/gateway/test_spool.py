@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.call_records import HoldRecord, Settlement
-from gateway.calls import CODE_LENGTH_MAX, TEXT_LENGTH_MAX
+from gateway.call_records import HoldRecord
+from gateway.calls import CODE_LENGTH_MAX, TEXT_LENGTH_MAX, Settlement
 from gateway.contract.call_id import build_call_id
 from gateway.contract.usage_event import LABEL_LENGTH_MAX, LABELS_MAX, Attempt, UsageEvent, to_wire
 from gateway.errors import SpoolFullError

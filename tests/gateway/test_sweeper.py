@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import redis
 
+from deploy.embedded.processes import wait_until
 from gateway import background
 from gateway.call_records import HoldRecord
 from gateway.contract.call_id import build_call_id
@@ -96,7 +97,8 @@ def test_the_spool_of_a_dead_process_is_replayed_before_its_calls_are_swept(stac
     assert wait_for_events(stack.redis, 1) == [event]
     assert read_superseded(stack.redis) == []
     assert read_holds(stack.redis) == NO_HOLDS
-    assert list((gateway_folder / "gateway" / "spool").glob("gw-dead*")) == []
+    # The file goes after the events are there.
+    assert wait_until(lambda: not list((gateway_folder / "gateway" / "spool").glob("gw-dead*")), timeout_s=10.0)
 
 
 def test_a_spool_that_cannot_be_replayed_stops_neither_the_others_nor_the_sweep(

@@ -12,7 +12,7 @@ import pytest
 
 from gateway import tokenizer
 from gateway.chat_templates import RENDERERS
-from gateway.providers.base import EmittedChoice, EmittedText
+from gateway.providers.answer_records import EmittedChoice, EmittedText
 from tests.gateway import hugging_face_tokenizer
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden/chat_prompts.jsonl").read_text().splitlines()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable
 from typing import Any
 
+from gateway.calls import Call
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.providers import get_provider
 from gateway.providers.base import CallRequest, CallResult
@@ -16,7 +18,13 @@ HI = [{"role": "user", "content": "Hi"}]
 def build_chat_call(*, streamed: bool = False, asked: bool = False, **members: Any) -> CallRequest:
     """A chat call of the served model `llama-3-8b`."""
     body = {"model": "llama-3-8b", "messages": HI, **members}
-    return CallRequest("chat.completions", json.dumps(body).encode(), body, streamed, asked)
+    return CallRequest("chat.completions", json.dumps(body).encode(), body, streamed=streamed, client_asked_usage=asked)
+
+
+def build_bare_call(**known: Any) -> Call:
+    """A call of which nothing else is known, for what looks at nothing else."""
+    names = [name for name in inspect.signature(Call.__init__).parameters if name != "self"]
+    return Call(**dict.fromkeys(names) | known)
 
 
 def build_upstream(kind: str, base_url: str, **members: Any) -> UpstreamRecord:

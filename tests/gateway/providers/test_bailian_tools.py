@@ -6,7 +6,8 @@ import pytest
 import time_machine
 
 from gateway.providers import get_provider
-from gateway.providers.base import EmittedChoice, ReportedUsage, UnsupportedCallError
+from gateway.providers.answer_records import EmittedChoice
+from gateway.providers.base import ReportedUsage, UnsupportedCallError
 from tests.gateway.providers.calls import build_chat_call, build_upstream, cut, parse_whole, read_stream
 from tests.gateway.providers.samples import load_sample
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import time_machine
 
-from gateway.call_records import Call, Verdict
+from gateway.calls import Verdict
 from gateway.contract.token_kind import Outcome
 from gateway.counting import judge_usage
 from gateway.providers import get_provider, list_provider_kinds
 from gateway.providers.base import CallRequest, CallResult
 from tests.fakes.gateway_stack import Catalog
 from tests.fakes.tokenizing import run_with_tokenizer
-from tests.gateway.providers.calls import build_chat_call
+from tests.gateway.providers.calls import build_bare_call, build_chat_call
 from tests.gateway.providers.recorded_streams import RECORDINGS, counted
 
 
@@ -41,8 +41,7 @@ async def bill(request: CallRequest, result: CallResult) -> Verdict:
     """The bill of a client that left."""
     catalog = Catalog()
     catalog.add_model()
-    required = Call.__struct_fields__[: -len(Call.__struct_defaults__)]
-    call = Call(**dict.fromkeys(required) | {"call_id": "ffff", "model": catalog.served_models[0], "request": request})
+    call = build_bare_call(call_id="ffff", model=catalog.served_models[0], request=request)
     return await judge_usage(call, result, outcome=Outcome.CLIENT_ABORTED, telemetry=None, audit_permille=0)  # type: ignore[arg-type]
 
 

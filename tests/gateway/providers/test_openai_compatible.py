@@ -29,7 +29,9 @@ def build_upstream(**members):
 
 def build_call(body, *, endpoint="chat.completions", streamed=False, asked=False, headers=()):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return CallRequest(endpoint, data, msgspec.json.decode(data), streamed, asked, headers)
+    return CallRequest(
+        endpoint, data, msgspec.json.decode(data), streamed=streamed, client_asked_usage=asked, headers=headers
+    )
 
 
 def build(body, *, upstream=None, credential="secret", **options):

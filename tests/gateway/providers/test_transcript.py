@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gateway.providers import transcript
-from gateway.providers.base import EmittedChoice, EmittedText
+from gateway.providers.answer_records import EmittedChoice, EmittedText
 from gateway.providers.transcript import Transcript
 
 
