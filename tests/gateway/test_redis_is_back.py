@@ -16,7 +16,8 @@ import pytest
 import redis
 
 from deploy.embedded import EmbeddedRedis
-from gateway.call_records import HoldRecord, Settlement
+from gateway.call_records import HoldRecord
+from gateway.calls import Settlement
 from gateway.event_log import REPLAY_BATCH, EventLog
 from gateway.redis_cluster import connect_redis
 from gateway.settle_commands import PLACE_HOLD, SETTLE
