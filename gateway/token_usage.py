@@ -24,6 +24,26 @@ from gateway.providers.base import CallRequest, ReportedUsage
 _CHOICES_MAX = 128
 
 
+def build_usage(
+    input_tokens: Any,
+    output_tokens: Any,
+    cached_input_tokens: Any = 0,
+    cache_write_tokens: Any = 0,
+    reasoning_tokens: Any = 0,
+) -> ReportedUsage | None:
+    """Return the counts of a provider as it says them, to be judged; None where one is no JSON integer.
+
+    >>> build_usage(12, True) is build_usage("12", 1) is build_usage(12.0, 1) is None
+    True
+    """
+    # Before they are taken for integers: compiled code makes 1 of True then, and fails at others.
+    for count in (input_tokens, output_tokens, cached_input_tokens, cache_write_tokens, reasoning_tokens):
+        # `type` and not `isinstance`: True is an int to Python, and not a number of tokens.
+        if type(count) is not int:
+            return None
+    return ReportedUsage(input_tokens, output_tokens, cached_input_tokens, cache_write_tokens, reasoning_tokens)
+
+
 def believe_usage(usage: ReportedUsage, *, context_tokens_max: int, choices_count: int) -> ReportedUsage | None:
     """Return `usage` if it is believable (see the table above), else None.
 
@@ -42,8 +62,7 @@ def believe_usage(usage: ReportedUsage, *, context_tokens_max: int, choices_coun
         usage.reasoning_tokens,
     )
     for count in counts:
-        # `type` and not `isinstance`: True is an int to Python, and not a number of tokens.
-        if type(count) is not int or not 0 <= count <= TOKENS_MAX:
+        if not 0 <= count <= TOKENS_MAX:
             return None
     if usage.input_tokens == 0:
         return None
@@ -74,13 +93,15 @@ def read_openai_usage(usage: Any, *, context_tokens_max: int, choices_count: int
     reasoning_tokens = output_details.get("reasoning_tokens")
     if reasoning_tokens is None:
         reasoning_tokens = usage.get("reasoning_tokens")
-    reported = ReportedUsage(
+    reported = build_usage(
         input_tokens=usage.get("prompt_tokens", 0),
         output_tokens=usage.get("completion_tokens", 0),
         cached_input_tokens=_zero_if_none(input_details.get("cached_tokens")),
         cache_write_tokens=_zero_if_none(input_details.get("cache_write_tokens")),
         reasoning_tokens=_zero_if_none(reasoning_tokens),
     )
+    if reported is None:
+        return None
     return believe_usage(reported, context_tokens_max=context_tokens_max, choices_count=choices_count)
 
 

@@ -12,7 +12,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httptools
 
@@ -49,17 +49,25 @@ def parse_origin(base_url: str) -> Origin:
 
     The URL may hold a password by mistake, so no error has any part of it, nor a cause that has.
     """
-    try:
-        parts = urlsplit(base_url)
-        port = parts.port
-    except ValueError:
-        raise ValueError("the base URL cannot be read") from None
+    split = _split(base_url)
+    if split is None:
+        # Not in a handler: what was handled there would be the context of this error, with the URL in it.
+        raise ValueError("the base URL cannot be read")
+    parts, port = split
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("the base URL is not an http(s) URL with a host")
     if "@" in parts.netloc:
         raise ValueError("the base URL has a user or a password: a credential belongs into the environment")
     is_tls = parts.scheme == "https"
     return Origin(parts.hostname, port or (443 if is_tls else 80), is_tls=is_tls)
+
+
+def _split(base_url: str) -> tuple[SplitResult, int | None] | None:
+    try:
+        parts = urlsplit(base_url)
+        return parts, parts.port
+    except ValueError:
+        return None
 
 
 def read_credential(upstream: UpstreamRecord) -> str:

@@ -30,7 +30,7 @@ from gateway.providers.transcript import parse_json
 from gateway.providers.translated_stream import TranslatedStreamMeter, read_event
 from gateway.providers.upstream_errors import build_invalid_answer, classify_answer, classify_body
 from gateway.sse import FrameSplitter
-from gateway.token_usage import believe_usage
+from gateway.token_usage import believe_usage, build_usage
 
 _PATH = "/services/aigc/text-generation/generation"
 _OPTIONS = (
@@ -148,7 +148,7 @@ def read_usage(usage: Any) -> ReportedUsage | None:
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens", 0) if isinstance(details, dict) else 0
-    return ReportedUsage(usage.get("input_tokens", 0), usage.get("output_tokens", 0), cached)
+    return build_usage(usage.get("input_tokens", 0), usage.get("output_tokens", 0), cached)
 
 
 def _build_message(turn: Turn) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from gateway.providers.tools import ToolCall, parse_arguments, read_tool_choice,
 from gateway.providers.transcript import parse_json
 from gateway.providers.translated_stream import TranslatedStreamMeter
 from gateway.providers.upstream_errors import build_invalid_answer, classify_answer, classify_aws_exception
-from gateway.token_usage import believe_usage
+from gateway.token_usage import believe_usage, build_usage
 
 _OPTIONS = ("temperature", "top_p", "stop", "tools", "tool_choice")
 _FINISH_REASONS = {
@@ -167,7 +167,7 @@ def read_usage(usage: Any) -> ReportedUsage | None:
     if any(type(count) is not int for count in counts):
         return None
     plain, cached, written = counts
-    return ReportedUsage(plain + cached + written, usage.get("outputTokens", 0), cached, written)
+    return build_usage(plain + cached + written, usage.get("outputTokens", 0), cached, written)
 
 
 def _build_body(chat: Chat) -> dict[str, Any]:

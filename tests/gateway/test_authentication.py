@@ -109,7 +109,7 @@ def test_an_error_of_a_base_url_shows_no_part_of_it(base_url: str) -> None:
         parse_origin(base_url)
     assert PASSWORD[:8] not in repr(caught.value)
     assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    assert caught.value.__context__ is None
 
 
 def test_a_base_url_without_a_user_is_an_origin() -> None:
