@@ -138,7 +138,7 @@ class Admission:
         if isinstance(error, RedisReplyError):
             log.error("admission was refused by the Redis-protocol server: %s", error)
         if caller.must_have_redis(call.model.served_model_id) or self._event_log.is_spool_too_old(
-            self._spool_age_max_s
+            caller.keys.partition, self._spool_age_max_s
         ):
             raise build_metering_unavailable()
         intent = SpooledIntent(

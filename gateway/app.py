@@ -406,8 +406,10 @@ class GatewayApp:
             "redis": self._redis.is_up and self._probe.can_write_redis,
             "spool": has_room,
         }
-        is_spool_fresh = not self._event_log.is_spool_too_old(self._settings.spool_age_max_s)
-        is_ready = checks["catalog"] and has_room and (checks["redis"] or is_spool_fresh)
+        is_spool_fresh = self._event_log.get_spool_age_s() <= self._settings.spool_age_max_s
+        # One master of a cluster is enough: the tenants of the others are served nowhere else either.
+        can_record = checks["redis"] or is_spool_fresh or self._redis.is_partly_up
+        is_ready = checks["catalog"] and has_room and can_record
         body = msgspec.json.encode({"status": "ready" if is_ready else "not_ready", "checks": checks})
         await exchange.send_whole(200 if is_ready else 503, [JSON_TYPE], body)
 

@@ -51,7 +51,6 @@ class EventLog:
         self._loop = asyncio.get_running_loop()
         self._queues: dict[int, PartitionQueue] = {}
         self._intents: list[tuple[SpooledIntent, asyncio.Future[None]]] = []
-        self._spool_since: float | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self.room = SpoolRoom(spool, self._disk)
         self._disk_lock = asyncio.Lock()
@@ -67,7 +66,7 @@ class EventLog:
 
     def is_in_spool(self, partition: int) -> bool:
         """Whether the spool has records of a partition that Redis does not have."""
-        return partition in self._queues and self._queues[partition].in_spool
+        return partition in self._queues and self._queues[partition].spool_since is not None
 
     def has_replay(self, partition: int) -> bool:
         """Whether the spool has events that Redis will have soon: a replay that is refused may be so for ever."""
@@ -102,19 +101,24 @@ class EventLog:
         self._start_spooling(self._get_queue(intent.partition))
         await future
 
-    def is_spool_too_old(self, age_max_s: int) -> bool:
-        """Return whether Redis has been away for longer than events may wait here."""
-        return self._spool_since is not None and self._loop.time() - self._spool_since > age_max_s
+    def is_spool_too_old(self, partition: int, age_max_s: int) -> bool:
+        """Return whether events of a partition have waited in the spool for longer than they may."""
+        since = self._queues[partition].spool_since if partition in self._queues else None
+        return since is not None and self._loop.time() - since > age_max_s
 
     def get_spool_age_s(self) -> float:
-        """Return the seconds since the first event went to the spool; 0 while it is empty."""
-        return 0.0 if self._spool_since is None else self._loop.time() - self._spool_since
+        """Return the seconds since the first event went to the spool that Redis does not have; 0 without one."""
+        now = self._loop.time()
+        return max(
+            (now - queue.spool_since for queue in self._queues.values() if queue.spool_since is not None), default=0.0
+        )
 
     async def close(self) -> None:
         """Make everything durable within a bound, and leave an empty spool behind, or one to be adopted."""
         deadline = self._loop.time() + CLOSE_WAIT_S
         while self._loop.time() < deadline and any(  # noqa: ASYNC110 (only once, at the end)
-            queue.down_since is None and (queue.pending or queue.in_spool) for queue in self._queues.values()
+            queue.down_since is None and (queue.pending or queue.spool_since is not None)
+            for queue in self._queues.values()
         ):
             await asyncio.sleep(0.01)
         for queue in self._queues.values():
@@ -123,6 +127,9 @@ class EventLog:
         for task in (self._spool_task, self._replay_task):
             if task is not None:
                 await asyncio.wait((task,), timeout=CLOSE_WAIT_S)
+        if self._replay_task is not None:
+            # What is left of it is the adopter's.
+            self._background.append(self._replay_task)
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -262,9 +269,9 @@ class EventLog:
         async with self._disk_lock:
             await self._loop.run_in_executor(self._disk, self.spool.append, records)
             for record in records:
-                self._queues[record.partition].in_spool = True
-        if self._spool_since is None:
-            self._spool_since = self._loop.time()
+                queue = self._queues[record.partition]
+                if queue.spool_since is None:
+                    queue.spool_since = self._loop.time()
 
     def _refuse(
         self,
@@ -337,10 +344,10 @@ class EventLog:
 
     async def _finish_replay(self, queues: dict[int, PartitionQueue]) -> None:
         """Let partitions go on without the spool, and clear it where it was for them only. Needs the disk's lock."""
-        if all(number in queues for number, queue in self._queues.items() if queue.in_spool):
+        if all(number in queues for number, queue in self._queues.items() if queue.spool_since is not None):
             clear = partial(self.spool.clear, keep_bytes=self.room.reserved_bytes)
             await self._loop.run_in_executor(self._disk, clear)
-            self._spool_since = None
         for queue in queues.values():
-            queue.in_spool = queue.is_replay_refused = queue.is_far_behind = False
+            queue.spool_since = None
+            queue.is_replay_refused = queue.is_far_behind = False
             self._restart(queue)

@@ -26,16 +26,15 @@ class PendingSettle:
 class PartitionQueue:
     """The settles of a partition. Of `pending` the first `sent_count` are on the wire under the current epoch.
 
-    `in_spool`: records of it in the spool wait to be replayed, so nothing newer may go to Redis. `is_spooling`: what
-    is pending is on the way to the spool. `down_since` is None while its Redis is up. `is_far_behind`: the replay has
-    more to do than what comes meanwhile, so nobody waits for its end.
+    `spool_since` is not None while records of it in the spool wait to be replayed: nothing newer may go to Redis until
+    then. `is_spooling`: what is pending is on the way to the spool. `down_since` is None while its Redis is up.
+    `is_far_behind`: the replay has more to do than what comes meanwhile, so nobody waits for its end.
     """
 
     __slots__ = (
         "acknowledged",
         "down_since",
         "epoch",
-        "in_spool",
         "is_far_behind",
         "is_holding_back",
         "is_replay_refused",
@@ -44,6 +43,7 @@ class PartitionQueue:
         "next_seq",
         "pending",
         "sent_count",
+        "spool_since",
         "tag",
     )
 
@@ -59,19 +59,19 @@ class PartitionQueue:
         self.loss_count = 0
         self.is_holding_back = False
         self.is_spooling = False
-        self.in_spool = False
+        self.spool_since: float | None = None
         self.is_far_behind = False
         self.is_replay_refused = False
 
     @property
     def can_send(self) -> bool:
         """Whether the next settle may go to Redis."""
-        return self.down_since is None and not (self.in_spool or self.is_spooling or self.is_holding_back)
+        return self.down_since is None and self.spool_since is None and not (self.is_spooling or self.is_holding_back)
 
     @property
     def can_replay(self) -> bool:
         """Whether what is in the spool may go to Redis."""
-        return self.down_since is None and self.in_spool and not self.is_spooling
+        return self.down_since is None and self.spool_since is not None and not self.is_spooling
 
     @property
     def can_spool(self) -> bool:

@@ -182,6 +182,11 @@ class ClusterConnection(RedisConnection):
 
     # RedisConnection
 
+    @property
+    def is_partly_up(self) -> bool:
+        """Whether some masters are there, and others not."""
+        return bool(self._masters) and not self.is_up
+
     def is_up_for(self, key: str) -> bool:
         """Return whether the slot of `key` has a master that answers."""
         return self._find_master(get_hash_tag(key.encode())) is not None

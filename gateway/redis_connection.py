@@ -78,6 +78,11 @@ class RedisConnection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
+    @property
+    def is_partly_up(self) -> bool:
+        """Whether commands for some keys can be sent, and for others not."""
+        return False
+
     def is_up_for(self, key: str) -> bool:
         """Return whether commands for `key`, and for all with its hash tag, can be sent now."""
         return self.is_up

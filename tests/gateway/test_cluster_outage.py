@@ -73,7 +73,12 @@ class ClusterStack:
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[ClusterStack]:
+def spool_age_max_s() -> int:
+    return 86_400
+
+
+@pytest.fixture
+def stack(tmp_path: Path, spool_age_max_s: int) -> Iterator[ClusterStack]:
     folder = make_reachable_folder()
     with LoopbackCluster(folder) as cluster:
         port = choose_free_port()
@@ -90,7 +95,8 @@ def stack(tmp_path: Path) -> Iterator[ClusterStack]:
         credentials, _, _nodes = cluster.nodes[0].url().rpartition("@")
         client = RedisCluster.from_url(f"{credentials}@127.0.0.1:{cluster.nodes[0].port}")
         catalog.publish(client)
-        gateway = build_gateway(tmp_path, cluster.url, GATEWAY_LEASE_S="2", GATEWAY_SETTLE_WAIT_MS="300")
+        environ = {"GATEWAY_LEASE_S": "2", "GATEWAY_SETTLE_WAIT_MS": "300"}
+        gateway = build_gateway(tmp_path, cluster.url, GATEWAY_SPOOL_AGE_MAX_S=str(spool_age_max_s), **environ)
         gateway.start(path="/readyz")
         wait_for_version(gateway, catalog.version)
         masters = {number: cluster.find_master(get_stream_key(number)) for number in range(PARTITIONS)}
@@ -165,6 +171,24 @@ def test_only_the_partitions_of_an_absent_master_go_to_the_spool(stack: ClusterS
     assert {event.outcome for event in events} == {"completed"}
     assert find_sequence_gaps(events, read_superseded(stack.client)) == {}
     assert read_metrics(stack.gateway)["tollbook_gateway_spool_bytes"] == {(("worker", "0"),): 0}
+
+
+@pytest.mark.parametrize("spool_age_max_s", [1])
+def test_a_spool_that_is_too_old_refuses_the_partitions_that_it_waits_for(stack: ClusterStack) -> None:
+    dead = stack.list_partitions_of(stack.masters[1])
+    live = [partition for partition in stack.masters if partition not in dead]
+    stack.kill(stack.masters[1])
+    assert read_statuses(stack, [*dead, *live]) == {200}
+    time.sleep(1.1)
+    assert read_statuses(stack, dead) == {503}
+    assert read_statuses(stack, live) == {200}
+    # No balancer finds a gateway that serves those, too.
+    status, body = stack.gateway.fetch("/readyz")
+    assert (status, json.loads(body)["checks"]) == (200, {"catalog": True, "redis": False, "spool": True})
+
+
+def read_statuses(stack: ClusterStack, tenants: list[int]) -> set[int]:
+    return {answer.status for (answer,) in send(stack, tenants).values()}
 
 
 def wait_for_events_of(stack: ClusterStack, count: int) -> list:
