@@ -258,6 +258,11 @@ def test_several_choices_with_continuous_usage_are_summed():
     thinking = usage(36, 2, completion_tokens_details={"reasoning_tokens": 1})
     _, result, _ = run([chunk("a", usage=thinking), chunk("b", index=1, usage=thinking)], body={"n": 2})
     assert (result.usage.output_tokens, result.usage.reasoning_tokens) == (4, 2)
+    # The prompt is read once: what was cached of it is the most that any choice says.
+    cached = usage(36, 1, prompt_tokens_details={"cached_tokens": 8, "cache_write_tokens": 4})
+    for parts in ((usage(36, 1), cached), (cached, usage(36, 1))):
+        _, result, _ = run([chunk("a", index=number, usage=part) for number, part in enumerate(parts)], body={"n": 2})
+        assert result.usage == ReportedUsage(36, 2, 8, 4, source=UsageSource.PROVIDER_PARTIAL)
 
 
 def test_one_usage_chunk_per_choice_is_summed_where_the_server_does_so():
