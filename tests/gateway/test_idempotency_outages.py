@@ -273,7 +273,7 @@ def test_what_is_claimed_is_said_again_as_soon_as_redis_is_back(
         assert dict(caught.value.headers) == {b"retry-after": b"3"}
         # An answer that is older than the connection is not taken for the word that was changed meanwhile.
         await asyncio.gather(subject._push(subject._claims[key]), subject._end(subject._claims[key], build_answer(key)))
-        assert subject._claims == {}
+        assert (subject._claims, subject._waiting_bytes) == ({}, 0)
         assert client.get(key) == msgspec.msgpack.encode(build_answer(key))
 
     run_with_redis(tmp_path, gateway_redis_url, main)

@@ -104,6 +104,13 @@ def test_a_prepaid_balance_carries_over_and_is_spent_to_the_nano(scripts: Script
     assert scripts.client.ttl(PREPAID) == -1
 
 
+def test_much_that_was_lost_is_added_to_the_nano(scripts: Scripts) -> None:
+    # Lua writes a number of 16 digits as 1e+15 where it is not told otherwise.
+    used = 10**15 + 1
+    assert scripts.admit("call-1", nano=1, money=("", "", MONTH, 2 * 10**15, used))[0] == 1
+    assert read_months(scripts) == {MONTH: used}
+
+
 def test_what_was_lost_is_spent_as_far_as_billing_knows(scripts: Scripts) -> None:
     # 400 of 1,000 were spent, and 380 of them rated, when the server lost its data.
     assert scripts.admit("call-1", nano=621, money=("", "", MONTH, 1_000, 380)) == [0, b"balance", 1, 0, 380]

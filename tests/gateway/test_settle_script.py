@@ -73,6 +73,10 @@ class Scripts:
         packed.feed(build_settle_command(settlement, producer=producer, seq=seq, floor=floor, event=event))
         return self.client.execute_command(*packed.gets()).decode()
 
+    def read_time_ms(self) -> int:
+        seconds, microseconds = self.client.time()
+        return seconds * 1000 + microseconds // 1000
+
     def read_scope(self, index: int = 0) -> dict[str, int]:
         return {
             name.decode(): int(value) for name, value in self.client.hgetall(KEYS.get_scope_keys(*OWNER)[index]).items()
@@ -110,7 +114,10 @@ def scripts(redis_url: str) -> Scripts:
 
 
 def test_admit_holds_and_settle_releases_and_sums(scripts: Scripts) -> None:
-    assert scripts.admit("call-1", nano=1_000)[0] == 1
+    before_ms = scripts.read_time_ms()
+    assert scripts.admit("call-1", nano=1_000, lease_ms=5_000)[0] == 1
+    lease_ms = scripts.client.zscore(KEYS.leases, "call-1")
+    assert before_ms + 5_000 <= lease_ms <= scripts.read_time_ms() + 5_000
     assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 1, "held": 1_000}
     assert scripts.settle(1, "call-1") == "event"
     assert scripts.read_scope(0) == scripts.read_scope(1) == {"running": 0, "held": 0}
@@ -394,8 +401,9 @@ def test_tokens_are_charged_by_estimate_and_corrected_by_the_settle(scripts: Scr
     assert scripts.admit("call-2", tokens=11, limits=limits)[:3] == [0, b"tokens", 1]
     assert scripts.settle(1, "call-1", rate_second=reply[1], tokens_difference=36 - 90) == "event"
     assert scripts.admit("call-3", tokens=64, limits=limits)[3] == 100
-    # More than the limit at once can never pass: no wait is given.
+    # More than the limit at once can never pass: no wait is given. All of it can, when the window is empty.
     assert scripts.admit("call-4", tokens=101, limits=limits)[:4] == [0, b"tokens", 1, 0]
+    assert 59 <= scripts.admit("call-5", tokens=100, limits=limits)[3] <= 61
 
 
 def test_the_window_forgets_after_sixty_full_seconds(scripts: Scripts) -> None:

@@ -125,6 +125,51 @@ def test_whole_answer():
     assert "usage" not in json.loads(text.client_body)
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"input_tokens": -1, "output_tokens": 17},
+        {"input_tokens": 22, "output_tokens": -17},
+        {"input_tokens": 8_193, "output_tokens": 17},
+        {"input_tokens": 22, "output_tokens": 17, "prompt_tokens_details": {"cached_tokens": 23}},
+        {"input_tokens": "22", "output_tokens": 17},
+    ],
+)
+def test_usage_that_cannot_be_believed_is_none_and_is_not_shown(usage):
+    output = {"text": "Hi", "finish_reason": "stop"}
+    result = parse_whole("bailian", {"output": output, "usage": usage})
+    assert result.usage is None
+    assert "usage" not in json.loads(result.client_body)
+    event = f"data:{json.dumps({'output': output, 'usage': usage})}\n\n".encode()
+    chunks, streamed, _ = read_stream("bailian", [event])
+    assert streamed.usage is None
+    assert not any(chunk.get("usage") for chunk in chunks)
+    # The greatest that the window holds can be.
+    believable = {"input_tokens": 8_192, "output_tokens": 17}
+    whole = parse_whole("bailian", {"output": output, "usage": believable})
+    assert whole.usage == ReportedUsage(8_192, 17)
+
+
+@pytest.mark.parametrize("reason", [{}, {"finish_reason": "null"}, {"finish_reason": None}])
+def test_a_whole_answer_without_a_reason_has_stopped(reason):
+    result = parse_whole("bailian", {"output": {"text": "Hi", **reason}, "usage": {}})
+    assert json.loads(result.client_body)["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_has_the_id_that_came_first_and_nothing_behind_its_end():
+    usage = {"input_tokens": 4, "output_tokens": 1}
+    events = [
+        {"output": {"text": "a", "finish_reason": "null"}, "request_id": "r", "usage": usage},
+        {"output": {"text": "b", "finish_reason": "stop"}, "usage": usage | {"output_tokens": 2}},
+        {"output": {"text": "c", "finish_reason": "stop"}, "usage": usage | {"output_tokens": 3}},
+    ]
+    # All in one read: the meter itself ends, before the relay would stop it.
+    stream = b"".join(f"data:{json.dumps(event)}\n\n".encode() for event in events)
+    chunks, result, _ = read_stream("bailian", [stream])
+    assert (get_text(chunks), result.provider_request_id) == ("ab", "r")
+    assert result.usage == ReportedUsage(4, 2)
+
+
 def test_whole_failures():
     assert parse_whole("bailian", {"request_id": "r"}).error.code == "upstream_invalid_response"
     sample = load_sample("dashscope_native_error")
