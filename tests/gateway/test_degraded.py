@@ -340,9 +340,14 @@ def test_a_hanging_redis_is_noticed_and_left_aside(server_folder: Path) -> None:
     stack = CrashStack(server_folder)
     stack.start(workers=1, GATEWAY_REDIS_TIMEOUT_MS="300")
     try:
+        stack.api_keys.append(stack.catalog.add_tenant(7, limits=Limits(monthly_budget_nano=10**12)))
+        stack.catalog.publish(stack.client)
+        time.sleep(0.2)
         assert stack.server.pid is not None
         os.kill(stack.server.pid, signal.SIGSTOP)
         started_at = time.monotonic()
+        # It will admit these once it goes on, and nobody waits for them any more: their holds must go, without events.
+        assert [answer.status for answer in send(stack, 3, tenant=7)] == [503] * 3
         assert [answer.status for answer in send(stack, 5)] == [200] * 5
         assert time.monotonic() - started_at < 10
         os.kill(stack.server.pid, signal.SIGCONT)

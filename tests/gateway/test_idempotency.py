@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -332,6 +333,37 @@ def test_an_answer_of_the_greatest_size_is_stored_and_one_byte_more_is_not_kept(
         assert recording.get_body() == kept
     # Its memory is given back at once.
     assert recording._parts == []
+
+
+def test_an_answer_is_stored_before_its_last_byte_is_sent() -> None:
+    """Whoever has all of it, and has lost it, finds it under the key."""
+    done: list[str] = []
+
+    class Inner(SimpleNamespace):
+        async def send_whole(self, *_: object) -> None:
+            done.append("sent")
+
+        def start_stream(self, _: object) -> None:
+            done.append("begun")
+
+        async def finish_stream(self, data: bytes) -> None:
+            done.append(f"sent {data!r}")
+
+    async def store(recording: RecordingExchange, status: int, headers: Any) -> None:
+        done.append(f"stored {status} {headers} {recording.get_body()!r} {recording.is_stream}")
+
+    async def main() -> None:
+        inner: Any = Inner(**dict.fromkeys((*Exchange.__slots__, "keeps_answer")))
+        await RecordingExchange(inner, bytes_max=9, store=store).send_whole(200, ("h",), b"whole")
+        stream = RecordingExchange(inner, bytes_max=9, store=store)
+        stream.start_stream(("s",))
+        await stream.finish_stream(b"last")
+
+    asyncio.run(main())
+    assert done == [
+        *("stored 200 ('h',) b'whole' False", "sent", "begun"),
+        *("stored 200 ('s',) b'last' True", "sent b'last'"),
+    ]
 
 
 def test_a_client_that_left_is_told_that_what_it_got_was_billed(

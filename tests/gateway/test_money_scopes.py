@@ -104,11 +104,14 @@ def test_a_prepaid_balance_carries_over_and_is_spent_to_the_nano(scripts: Script
     assert scripts.client.ttl(PREPAID) == -1
 
 
-def test_much_that_was_lost_is_added_to_the_nano(scripts: Scripts) -> None:
-    # Lua writes a number of 16 digits as 1e+15 where it is not told otherwise.
-    used = 10**15 + 1
-    assert scripts.admit("call-1", nano=1, money=("", "", MONTH, 2 * 10**15, used))[0] == 1
-    assert read_months(scripts) == {MONTH: used}
+def test_the_budget_of_a_key_counts_what_that_key_spent(scripts: Scripts) -> None:
+    # Another key of the tenant has spent 90: it counts in the tenant's month, and not in this key's.
+    tenant_month, key_month = KEYS.get_month_keys(*OWNER, MONTH)
+    scripts.client.hset(tenant_month, "cost", 90)
+    scripts.client.hset(key_month, "cost", 30)
+    limits = ("", "", "", 200, "", "", "", 100)
+    assert scripts.admit("call-1", nano=71, limits=limits) == [0, b"budget", 2, 0, 30]
+    assert scripts.admit("call-2", nano=70, limits=limits)[0] == 1
 
 
 def test_what_was_lost_is_spent_as_far_as_billing_knows(scripts: Scripts) -> None:

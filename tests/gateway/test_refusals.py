@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 
@@ -147,6 +148,17 @@ def test_requests_per_minute_are_limited_with_retry_after(stack: Stack) -> None:
     assert caught.value.code == "rate_limit_exceeded"
     assert 58 <= int(caught.value.response.headers["retry-after"]) <= 60
     assert len(read_events(stack.redis)) == 2
+
+
+def test_a_call_that_may_cost_more_than_can_be_counted_is_refused(stack: Stack) -> None:
+    # The greatest price that a catalog can have, for 128 choices of 8,192 tokens: above 2^53 nano.
+    dearest = {"output_nano_per_mtok": 2**53 - 1, "reasoning_nano_per_mtok": 2**53 - 1}
+    stack.catalog.prices[-1] = msgspec.structs.replace(stack.catalog.prices[-1], **dearest)
+    stack.publish()
+    with pytest.raises(openai.BadRequestError) as caught:
+        call(stack.build_client(), n=128, max_tokens=8_192)
+    check_refusal(stack, caught.value, "call_too_expensive")
+    call(stack.build_client(), max_tokens=8_192)
 
 
 def test_a_limit_of_the_key_holds_beside_that_of_the_tenant(stack: Stack) -> None:

@@ -430,3 +430,15 @@ def test_the_window_forgets_after_sixty_full_seconds(scripts: Scripts) -> None:
     reply = scripts.admit("call-2", limits=limits)
     assert reply[:3] == [0, b"requests", 1]
     assert 20 <= reply[3] <= 21
+
+
+def test_a_window_that_was_left_for_long_begins_empty(scripts: Scripts) -> None:
+    """What had been counted by its seconds must not be taken off what is counted now, when they come round again."""
+    rate = KEYS.get_rate_keys(*OWNER)[0]
+    now_s = scripts.client.time()[0]
+    stale = {f"{kind}{(now_s - age_s) % 61}": 5 for age_s in range(70, 100, 10) for kind in "rt"}
+    scripts.client.hset(rate, mapping={"second": now_s - 70, "requests": 15, "tokens": 15, **stale})
+    second = scripts.admit("call-1", tokens=3, limits=(10, 100, "", ""))[1]
+    slot = second % 61
+    state = {name.decode(): int(value) for name, value in scripts.client.hgetall(rate).items()}
+    assert state == {"second": second, "requests": 1, "tokens": 3, f"r{slot}": 1, f"t{slot}": 3}

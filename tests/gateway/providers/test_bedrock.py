@@ -67,6 +67,22 @@ def test_whole_answer():
     assert parse_whole("bedrock", {}).error.code == "upstream_invalid_response"
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"inputTokens": 22, "outputTokens": -1},
+        {"inputTokens": 8_193, "outputTokens": 16},
+        # The cache is within the input: 22 + 8,171 are above the window.
+        {"inputTokens": 22, "outputTokens": 16, "cacheReadInputTokens": 8_171},
+        {"inputTokens": 22, "outputTokens": 16, "cacheReadInputTokens": -1},
+    ],
+)
+def test_usage_that_cannot_be_believed_is_none_and_is_not_shown(usage):
+    result = parse_whole("bedrock", {**load_sample("bedrock_converse")["body"], "usage": usage})
+    assert result.usage is None
+    assert "usage" not in json.loads(result.client_body)
+
+
 def test_input_includes_the_cache():
     answer = dict(load_sample("bedrock_converse")["body"])
     answer["usage"] = {"inputTokens": 22, "outputTokens": 16, "cacheReadInputTokens": 100, "cacheWriteInputTokens": 10}

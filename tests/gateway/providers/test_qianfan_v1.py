@@ -86,6 +86,18 @@ def test_whole_answer():
     assert parse_whole("qianfan_v1", {**sample["body"], "is_truncated": True}).finish_reason == "length"
 
 
+@pytest.mark.parametrize("usage", [(1, -8), (-1, 8), (8_193, 8), (0, 0)])
+def test_usage_that_cannot_be_believed_gives_way_to_the_header(usage):
+    sample = load_sample("qianfan_v1_nonstream")
+    said = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*usage, sum(usage)), strict=True))
+    body = {**sample["body"], "usage": said}
+    result = parse_whole("qianfan_v1", body)
+    assert result.usage is None
+    assert "usage" not in json.loads(result.client_body)
+    headers = {name.lower(): value for name, value in sample["response_headers"].items()}
+    assert parse_whole("qianfan_v1", body, headers).usage == ReportedUsage(1, 8, source=UsageSource.PROVIDER_HEADER)
+
+
 def test_errors_come_with_status_200():
     error = load_sample("qianfan_v1_error_http200")["body"]
     assert parse_whole("qianfan_v1", error).error.status == 429
