@@ -150,6 +150,27 @@ def test_requests_per_minute_are_limited_with_retry_after(stack: Stack) -> None:
     assert len(read_events(stack.redis)) == 2
 
 
+def test_a_window_is_charged_what_a_call_has_used_and_not_what_it_might_have(stack: Stack) -> None:
+    client = stack.build_client(stack.catalog.add_tenant(2, limits=Limits(tokens_per_minute=100_000)))
+    stack.publish()
+    create = client.chat.completions.with_raw_response.create
+    left = [int(create(model=MODEL, messages=HI).headers["x-ratelimit-remaining-tokens"]) for _ in range(3)]
+    # Each holds the same while it runs: 11 and 25 tokens remain of the one before.
+    assert [left[0] - left[1], left[1] - left[2]] == [36, 36]
+
+
+@pytest.mark.parametrize("limits", [(10, 100), (100, 10), (None, 10), (10, None)])
+def test_the_headers_tell_of_the_tighter_limit(stack: Stack, limits: tuple[int | None, int | None]) -> None:
+    tenant, key = (Limits(requests_per_minute=limit) for limit in limits)
+    stack.catalog.add_tenant(2, limits=tenant)
+    api_key = stack.catalog.add_api_key(7, tenant_id=2, limits=key)
+    stack.publish()
+    create = stack.build_client(api_key).chat.completions.with_raw_response.create
+    headers = [create(model=MODEL, messages=HI).headers for _ in range(2)]
+    told = [(one["x-ratelimit-limit-requests"], one["x-ratelimit-remaining-requests"]) for one in headers]
+    assert told == [("10", "9"), ("10", "8")]
+
+
 def test_a_call_that_may_cost_more_than_can_be_counted_is_refused(stack: Stack) -> None:
     # The greatest price that a catalog can have, for 128 choices of 8,192 tokens: above 2^53 nano.
     dearest = {"output_nano_per_mtok": 2**53 - 1, "reasoning_nano_per_mtok": 2**53 - 1}
