@@ -231,7 +231,7 @@ def _build_headers(
     limit, remaining = tenant_max or 0, (tenant_max or 0) - tenant_used
     if key_max is not None and (tenant_max is None or key_max - key_used < remaining):
         limit, remaining = key_max, key_max - key_used
-    return (names[0], b"%d" % limit), (names[1], b"%d" % max(0, remaining)), names[2]
+    return (names[0], str(limit).encode()), (names[1], str(max(0, remaining)).encode()), names[2]
 
 
 def _build_limit_error(reply: list[Any], call: Call) -> GatewayError:

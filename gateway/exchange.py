@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from gateway.contract.call_id import build_call_id
 from gateway.errors import GatewayError
@@ -25,6 +25,9 @@ PHRASES = {status.value: status.phrase for status in HTTPStatus}
 # An upstream may answer with any status; where HTTP has no phrase for it, there is none.
 STATUS_LINES = {status: f"HTTP/1.1 {status} {PHRASES.get(status, '')}\r\n".encode() for status in range(100, 600)}
 STREAM_HEADERS = b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
+# Frames of a stream have a few hundred bytes; the heads of such chunks are made once.
+CHUNK_BYTES_USUAL: Final = 1024
+_CHUNK_HEADS: Final = [b"%x\r\n" % length for length in range(CHUNK_BYTES_USUAL)]
 Headers = Sequence[tuple[bytes, bytes]]
 
 
@@ -130,13 +133,13 @@ class Exchange:
 
     def send_chunk(self, data: bytes) -> None:
         """Send a piece of a stream at once."""
-        self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self.is_http_1_1 else data)
+        self._connection.write(build_chunk(data) if self.is_http_1_1 else data)
 
     async def finish_stream(self, data: bytes) -> None:
         """Send the last piece and end the answer."""
         if self.is_http_1_1:
             # An empty chunk would be the end already.
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + b"0\r\n\r\n"
+            data = (build_chunk(data) if data else b"") + b"0\r\n\r\n"
         self._connection.finish(self, data)
 
     def cut(self) -> None:
@@ -145,7 +148,7 @@ class Exchange:
 
     def _send_whole(self, status: int, headers: Headers, body: bytes) -> None:
         self.has_started = True
-        head = self._build_head(status, headers, b"content-length: %d\r\n" % len(body))
+        head = self._build_head(status, headers, f"content-length: {len(body)}\r\n".encode())
         self._connection.finish(self, head if self.method == "HEAD" else head + body)
 
     def _build_head(self, status: int, headers: Headers, framing: bytes) -> bytes:
@@ -154,8 +157,14 @@ class Exchange:
             lines += (name, b": ", value, b"\r\n")
         if not self.is_kept_alive or self._connection.is_stopping:
             lines.append(b"connection: close\r\n")
-        lines.append(b"x-request-id: %b\r\n%b\r\n" % (self.call_id.encode(), framing))
+        lines += (b"x-request-id: ", self.call_id.encode(), b"\r\n", framing, b"\r\n")
         return b"".join(lines)
+
+
+def build_chunk(data: bytes) -> bytes:
+    """Return `data`, which is not empty, as a chunk of HTTP/1.1."""
+    length = len(data)
+    return (_CHUNK_HEADS[length] if length < CHUNK_BYTES_USUAL else b"%x\r\n" % length) + data + b"\r\n"
 
 
 class ExchangeLayer(Exchange):

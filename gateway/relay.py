@@ -449,7 +449,7 @@ class Relay:
         )
 
     def _build_time_header(self) -> tuple[bytes, bytes]:
-        return b"openai-processing-ms", b"%d" % (self._measure_us() // 1000)
+        return b"openai-processing-ms", str(self._measure_us() // 1000).encode()
 
     def _measure_us(self) -> int:
         return int((time.monotonic() - self._call.started_at) * 1_000_000)

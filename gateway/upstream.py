@@ -125,11 +125,10 @@ class UpstreamConnection(asyncio.Protocol):
             # Between `connect` and now.
             self.fail("upstream_unreachable", "The upstream closed the connection before it had the request.")
             return
-        lines = [b"%b %b HTTP/1.1\r\n" % (request.method.encode(), request.path.encode()), self._origin.host_line]
+        lines = [f"{request.method} {request.path} HTTP/1.1\r\n".encode(), self._origin.host_line]
         for name, value in request.headers:
             lines += (name, b": ", value, b"\r\n")
-        lines.append(b"content-length: %d\r\n\r\n" % len(request.body))
-        lines.append(request.body)
+        lines += (f"content-length: {len(request.body)}\r\n\r\n".encode(), request.body)
         self._transport.write(b"".join(lines))
 
     async def read_head(self) -> None:

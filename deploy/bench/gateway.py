@@ -194,6 +194,10 @@ class Run:
         """Send the loads and return the facts."""
         for proxy in (self._nginx, self._gateway):
             self._load.measure(proxy, "warm-up", connections=options.connections, seconds=1)
+            # So that all connections are there when memory is read, and what a first stream loads.
+            self._load.measure(proxy, "warm-up", connections=options.streams, seconds=2, streamed=True)
+        # The last streams were left by wrk: their events come too.
+        time.sleep(1.0)
         self._client.delete(*(get_stream_key(partition) for partition in range(PARTITIONS)))
         redis_us, rss_mb = read_cpu_us((self._redis_pid,)), self._read_rss_mb()
         shape = {"connections": options.connections}

@@ -207,7 +207,7 @@ def repair_json(data: bytes) -> bytes:
     >>> repair_json(b'{"logprob":-Infinity}'), repair_json(b'{"content":"NaN"}')
     (b'{"logprob": null}', b'{"content":"NaN"}')
     """
-    if data.find(b"NaN") < 0 and data.find(b"Infinity") < 0:
+    if b"NaN" not in data and b"Infinity" not in data:
         return data
     try:
         _skip_json(data)
