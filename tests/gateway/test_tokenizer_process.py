@@ -128,6 +128,19 @@ def test_a_process_killed_over_a_count_is_started_again_and_asked_once_more(tmp_
     assert restarts == [1]
 
 
+def test_half_an_answer_of_a_dead_process_is_no_part_of_the_next_ones() -> None:
+    async def ask() -> int | None:
+        pid = await run_in_tokenizer(read_pid)
+        client = tokenizer_client._client
+        assert client is not None
+        client.data_received((10_000).to_bytes(4) + b"the beginning of what was to come")
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            return await run_in_tokenizer(count_text, "Hi")
+
+    assert run_with_tokenizer(ask()) == 1
+
+
 def test_a_text_that_ends_the_process_ends_it_twice_and_takes_no_other_with_it(tmp_path: Path) -> None:
     log = tmp_path / "tries"
 
