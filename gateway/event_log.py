@@ -80,10 +80,10 @@ class EventLog:
         """
         queue = self._get_queue(settlement.keys.partition)
         seq = queue.next_seq
+        # An event that cannot be built takes no seq: Redis would wait for it.
+        event = settlement.build_event(self.producer, seq)
         queue.next_seq = seq + 1
-        pending = PendingSettle(
-            settlement, seq, settlement.build_event(self.producer, seq), future=self._loop.create_future()
-        )
+        pending = PendingSettle(settlement, seq, event, future=self._loop.create_future())
         queue.pending.append(pending)
         if queue.can_send and queue.sent_count == len(queue.pending) - 1:
             self._send(queue, pending)

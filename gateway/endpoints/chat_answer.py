@@ -167,7 +167,4 @@ def _read_reasoning(part: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a text that can be encoded: half a surrogate pair is a question mark."""
-    if not isinstance(value, str):
-        return ""
-    return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    return value if isinstance(value, str) else ""

@@ -224,6 +224,10 @@ def parse_json(data: bytes | None) -> Any:
     """Return the parsed JSON, or None where there is none or it is broken.
 
     `NaN` and `Infinity` are taken although JSON has none: some servers write them, and they must be seen to be refused.
+    So is half a surrogate pair, which no event and no answer could hold: it becomes a question mark.
+
+    >>> parse_json(b'{"id": "a\\\\ud800"}')
+    {'id': 'a?'}
     """
     if not data:
         return None
@@ -232,6 +236,6 @@ def parse_json(data: bytes | None) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        return json.loads(data)
+        return json.loads(json.dumps(json.loads(data), ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError):
         return None

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from gateway.providers.answer_records import UpstreamFailure
+from gateway.providers.transcript import parse_json
 
 MESSAGE_CHARACTERS_MAX = 1000
 # A part of a credential that is shorter could be any word.
@@ -104,10 +105,7 @@ def classify_body(payload: Any) -> UpstreamFailure | None:
 
 def classify_answer(status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFailure:
     """Return the failure of an answer that is not HTTP 200. `headers` have lower-case names."""
-    try:
-        payload = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        payload = None
+    payload = parse_json(body)
     foreign = find_error(payload) or _find_plain_message(payload) or ForeignError()
     aws_type = headers.get("x-amzn-errortype", "").split(":")[0]
     if aws_type:

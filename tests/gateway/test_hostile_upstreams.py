@@ -135,6 +135,37 @@ def test_headers_of_an_upstream_do_not_reach_the_client(stack: Stack, hostile: S
     assert got.headers["x-request-id"] == wait_for_events(stack.redis, 1)[0].call_id
 
 
+HALF = rb'"\ud800x"'
+HALF_ERROR = b'{"error":{"message":%b,"code":%b,"param":%b}}' % (HALF, HALF, HALF)
+HALF_ANSWER = b'{"id":%b,"choices":[{"message":{"content":"Hi"},"finish_reason":%b}]}' % (HALF, HALF)
+HALF_CHUNK = b'data: {"id":%b,"choices":[{"delta":{"content":"Hi"},"finish_reason":%b}]}\n\n' % (HALF, HALF)
+EVENT_STREAM = b"content-type: text/event-stream\r\n"
+HALF_CHARACTERS = {
+    "answer": build_answer(HALF_ANSWER),
+    "error in an answer": build_answer(HALF_ERROR),
+    "error": build_answer(HALF_ERROR).replace(b"200 OK", b"400 Bad"),
+    "stream": build_answer(HALF_CHUNK + b"data: [DONE]\n\n", headers=EVENT_STREAM),
+    "error in a stream": build_answer(b"data: " + HALF_ERROR + b"\n\n", headers=EVENT_STREAM),
+}
+
+
+@pytest.mark.parametrize("name", HALF_CHARACTERS)
+def test_half_a_character_is_recorded_as_a_question_mark(stack: Stack, hostile: ScriptedUpstream, name: str) -> None:
+    """JSON can say half a surrogate pair, which no text of ours can hold."""
+    hostile.answer = lambda _request: [HALF_CHARACTERS[name]]
+    got = send(stack, stream="stream" in name)
+    (event,) = wait_for_events(stack.redis, 1)
+    if "error" in name:
+        assert got.status == (400 if name == "error" else 502)
+        error = json.loads(got.body)["error"]
+        assert (error["message"], error["code"]) == ("?x", "?x")
+        assert [attempt.outcome for attempt in event.attempts] == ["?x"]
+    else:
+        assert got.status == 200
+        assert (event.provider_request_id, event.finish_reason) == ("?x", "?x")
+    assert read_holds(stack.redis) == NO_HOLDS
+
+
 def test_many_small_pieces_are_no_endless_head(stack: Stack, hostile: ScriptedUpstream) -> None:
     """Sizes and ends of chunks that arrive by themselves add up to more than the largest head, and are fine."""
     chunk = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"w"},"finish_reason":null}]}\n\n'

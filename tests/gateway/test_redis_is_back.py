@@ -171,6 +171,35 @@ def test_nobody_waits_for_the_end_of_a_long_replay(server_folder: Path, tmp_path
     server.stop()
 
 
+def test_an_event_that_cannot_be_built_takes_no_seq(server_folder: Path, tmp_path: Path) -> None:
+    server = EmbeddedRedis(server_folder)
+    server.start()
+
+    def fail(_producer: str, _seq: int) -> bytes:
+        raise OverflowError("a number that the wire does not have")
+
+    async def run() -> None:
+        connection = connect_redis(server.url(), timeout_s=5, scripts=(SETTLE, PLACE_HOLD))
+        spool = open_own_spool(tmp_path, PRODUCER, bytes_max=1 << 40)
+        event_log = EventLog(connection, spool, Telemetry("0", tmp_path), producer=PRODUCER, settle_wait_s=60)
+        connection.start()
+        assert await connection.wait_up(5)
+        broken = build_settlement(1, has_spooled_intent=False)
+        broken.build_event = fail
+        with pytest.raises(OverflowError):
+            event_log.settle(broken)
+        async with asyncio.timeout(5):
+            assert await event_log.settle(build_settlement(2, has_spooled_intent=False)) == "event"
+        await event_log.close()
+        await connection.close()
+
+    asyncio.run(run())
+    client = redis.Redis.from_url(server.url())
+    assert [entry[b"e"] for _id, entry in client.xrange(KEYS.stream)] == [b"1"]
+    client.close()
+    server.stop()
+
+
 @pytest.mark.parametrize("kept", [ACKNOWLEDGED, ACKNOWLEDGED // 2])
 def test_a_replay_whose_redis_loses_what_it_had_begins_again(server_folder: Path, tmp_path: Path, kept: int) -> None:
     """The first `kept` of ten events survive; those in the spool are all there in the end, once each, and in order."""

@@ -29,6 +29,10 @@ def test_vllm_integer_code_is_no_code():
     assert classify(400, body) == (400, "invalid_request_error", "BadRequestError", False)
 
 
+def test_an_error_that_is_nested_too_deeply_is_one_without_a_message():
+    assert classify(500, b"[" * 100_000) == (500, "upstream_error", "upstream_error", True)
+
+
 def test_vllm_context_overflow():
     message = "This model's maximum context length is 8192 tokens."
     body = {"object": "error", "message": message, "type": "BadRequestError", "code": 400}
