@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -54,10 +54,10 @@ from gateway.usage_report import build_usage_report
 log = logging.getLogger("gateway")
 
 # Whether a key may call is looked up when the head of its request is there, and again when it is served later than so.
-AUTHENTICATED_S = 0.1
+AUTHENTICATED_S: Final = 0.1
 JSON_TYPE = (b"content-type", b"application/json")
 # Of the tenant's headers only these go on to a provider: never its key, its cookies or its SDK's marks.
-FORWARDED_HEADERS = (b"traceparent", b"tracestate")
+FORWARDED_HEADERS: Final = (b"traceparent", b"tracestate")
 ENDPOINTS = {
     "/v1/chat/completions": "chat.completions",
     "/v1/completions": "completions",

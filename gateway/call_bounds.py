@@ -7,7 +7,7 @@ answer gets `max_tokens` (README, "Caps"). Other calls, and all other members, g
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -18,21 +18,21 @@ from gateway.providers.base import CallRequest
 from gateway.tokenizer import TokenizerError, count_body_tokens, estimate_input_tokens
 from gateway.tokenizer_client import run_in_tokenizer
 
-CHOICES_MAX = 128
+CHOICES_MAX: Final = 128
 # Servers count the prompt a token or two differently, and refuse what does not fit into the window.
 WINDOW_MARGIN_TOKENS = 8
 
 # Members that bound the output, by the request's endpoint: messages and responses are chat completions by now. The
 # first is the one that every server of the endpoint obeys.
-_BOUND_NAMES = {
+_BOUND_NAMES: Final = {
     "chat.completions": ("max_tokens", "max_completion_tokens"),
     "completions": ("max_tokens", "max_completion_tokens"),
 }
-_CHOICE_NAMES = ("n", "best_of")
+_CHOICE_NAMES: Final = ("n", "best_of")
 # Members with several prompts in them, each of which may fill the window.
-_PROMPT_NAMES = {"completions": "prompt", "embeddings": "input"}
+_PROMPT_NAMES: Final = {"completions": "prompt", "embeddings": "input"}
 # Content whose tokens are not more than its bytes; a link to an image may be a thousand tokens.
-_TEXT_TYPES = frozenset(
+_TEXT_TYPES: Final = frozenset(
     ("text", "input_text", "output_text", "refusal", "thinking", "reasoning_text", "tool_use", "tool_result")
 )
 

@@ -20,16 +20,16 @@ from gateway.snapshot_reader import Caller, Catalog, PartitionKeys
 
 TOKENS_PER_PRICE_UNIT: Final = 1_000_000
 NANO: Final = 1_000_000_000
-ATTEMPT_COMPLETED = "completed"
+ATTEMPT_COMPLETED: Final = "completed"
 # Bounds of what strangers can put into an event.
-TEXT_LENGTH_MAX = 256
-CODE_LENGTH_MAX = 64
+TEXT_LENGTH_MAX: Final = 256
+CODE_LENGTH_MAX: Final = 64
 US_PER_HOUR: Final = 3_600_000_000
 # The offsets of all zones are multiples of it, so that months begin on one.
-S_PER_QUARTER = 900
+S_PER_QUARTER: Final = 900
 
 
-NOTHING_USED = ReportedUsage(0, 0)
+NOTHING_USED: Final = ReportedUsage(0, 0)
 
 
 class Call:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from gateway.calls import NOTHING_USED, Call, Verdict
 from gateway.contract.token_kind import Outcome, UsageSource
@@ -33,7 +34,7 @@ class OwnCount:
     output_tokens: int | None
 
 
-NOT_COUNTED = OwnCount(None, None)
+NOT_COUNTED: Final = OwnCount(None, None)
 
 
 async def count_call(call: Call, emitted: Callable[[], EmittedText]) -> OwnCount:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from gateway.http_server import HttpConnection
 
 # Randomness of a call id, in bytes, and how many ids' worth is drawn at a time.
-RANDOMNESS_BYTES = 10
+RANDOMNESS_BYTES: Final = 10
 IDS_PER_DRAW = 256
 PHRASES = {status.value: status.phrase for status in HTTPStatus}
 # An upstream may answer with any status; where HTTP has no phrase for it, there is none.
-STATUS_LINES = {status: f"HTTP/1.1 {status} {PHRASES.get(status, '')}\r\n".encode() for status in range(100, 600)}
+STATUS_LINES: Final = {
+    status: f"HTTP/1.1 {status} {PHRASES.get(status, '')}\r\n".encode() for status in range(100, 600)
+}
 STREAM_HEADERS = b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 # Frames of a stream have a few hundred bytes; the heads of such chunks are made once.
 CHUNK_BYTES_USUAL: Final = 1024

@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from email.utils import formatdate
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 from urllib.parse import unquote
 
 import httptools
@@ -25,20 +25,20 @@ from gateway.exchange import Exchange
 
 log = logging.getLogger("gateway.http")
 
-KEEP_ALIVE_S = 75.0
+KEEP_ALIVE_S: Final = 75.0
 # How long a client that has its last answer may go on sending what nobody reads.
 LINGER_S = 2.0
-PIPELINED_MAX = 16
-USUAL_PATH_BYTES_MAX = 100
+PIPELINED_MAX: Final = 16
+USUAL_PATH_BYTES_MAX: Final = 100
 TICK_S = 1.0
 # What a header counts beyond its bytes, so that a head of many tiny ones costs its sender as much as it costs us.
-HEADER_OVERHEAD_BYTES = 32
+HEADER_OVERHEAD_BYTES: Final = 32
 # What may come before the parser has said anything of it, beside the largest head: one read of the socket.
-READ_BYTES_MAX = 256 * 1024
+READ_BYTES_MAX: Final = 256 * 1024
 # Bytes on the wire for each byte of a body in the smallest chunks.
-CHUNKED_BYTES_PER_BYTE = 16
-_FOR_EVER = float("inf")
-_VERSIONS = ("1.1", "1.0")
+CHUNKED_BYTES_PER_BYTE: Final = 16
+_FOR_EVER: Final = float("inf")
+_VERSIONS: Final = ("1.1", "1.0")
 
 
 class _DeafError(Exception):

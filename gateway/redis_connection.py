@@ -28,7 +28,7 @@ RECONNECT_DELAY_MIN_S = 0.02
 RECONNECT_DELAY_MAX_S = 0.5
 HEALTH_TICK_S = 0.1
 CONNECT_TIMEOUT_S = 2.0
-_NOT_ENOUGH = object()
+_NOT_ENOUGH: Final = object()
 # Lengths of arguments below it have their lines made once.
 LENGTHS_USUAL: Final = 1024
 _LENGTH_LINES: Final = [b"$%d\r\n" % length for length in range(LENGTHS_USUAL)]

@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from gateway.admission import Admission, Headers
 from gateway.attempts import (
@@ -56,8 +56,8 @@ from gateway.upstream import UpstreamConnection, UpstreamPool, read_credential
 
 log = logging.getLogger("gateway.relay")
 
-ATTEMPTS_MAX = 4
-ERROR_BYTES_MAX = 1 << 20
+ATTEMPTS_MAX: Final = 4
+ERROR_BYTES_MAX: Final = 1 << 20
 # How long a stopping process waits for its calls to be recorded.
 STOP_WAIT_S = 10.0
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from concurrent.futures import Executor
+from typing import Final
 
 from gateway.errors import SpoolFullError
 from gateway.spool import ALLOCATION_BYTES_MIN, Spool
@@ -17,7 +18,7 @@ from gateway.spool import ALLOCATION_BYTES_MIN, Spool
 log = logging.getLogger("gateway.spool")
 
 # The records of a call without labels: bounds of what strangers put into an event, its attempts, and an intent.
-CALL_BYTES_MAX = 5_120
+CALL_BYTES_MAX: Final = 5_120
 # A label lies in the hold and in the event, and a character takes up to 4 bytes.
 LABEL_CHARACTER_BYTES = 8
 RETRY_S = 1.0

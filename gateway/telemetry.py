@@ -33,6 +33,13 @@ TOKEN_TYPE = "gen_ai_token_type"
 OPERATIONS = {"chat.completions": "chat", "messages": "chat", "responses": "chat", "completions": "text_completion"}
 
 
+class _Sum:
+    """A sum that is added to in place."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+
 class Counter:
     """A monotonic sum by label values."""
 
@@ -42,19 +49,18 @@ class Counter:
         self.name = PREFIX + name
         self.help = text
         self._label_names = label_names
-        self._values: dict[Labels, int] = {} if label_names else {(): 0}
+        self._sums: dict[Labels, _Sum] = {} if label_names else {(): _Sum()}
 
     def add(self, amount: int = 1, labels: Labels = ()) -> None:
         """Add `amount` to the sum of `labels`."""
-        try:
-            self._values[labels] += amount
-        except KeyError:
-            labels = _bound_labels(labels, count=len(self._values))
-            self._values[labels] = self._values.get(labels, 0) + amount
+        row = self._sums.get(labels)
+        if row is None:
+            row = self._sums.setdefault(_bound_labels(labels, count=len(self._sums)), _Sum())
+        row.value += amount
 
     def build_family(self, _worker: str) -> Family:
         """Return the sums."""
-        rows: list[tuple[Labels, list[Number]]] = [(labels, [value]) for labels, value in self._values.items()]
+        rows: list[tuple[Labels, list[Number]]] = [(labels, [row.value]) for labels, row in self._sums.items()]
         return Family(self.name, self.kind, self.help, self._label_names, rows)
 
 

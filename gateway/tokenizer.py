@@ -20,7 +20,7 @@ import hashlib
 import importlib.metadata
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -57,7 +57,7 @@ _SPECIALS_COUNT = 256
 # Longer texts are not counted: more than any context window holds, and seconds of work.
 TEXT_CHARACTERS_MAX = 2_000_000
 # Text around the messages that is not in the body: the date header and the guidance for tools of Llama 3.1.
-_TEMPLATE_TOKENS_MAX = 256
+_TEMPLATE_TOKENS_MAX: Final = 256
 # Finish reasons after which servers count an end token that is not in the text.
 _ENDED_BY_TOKEN = frozenset({"stop", "tool_calls", "function_call"})
 

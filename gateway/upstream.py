@@ -11,7 +11,7 @@ import os
 import ssl
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 import httptools
@@ -22,12 +22,12 @@ from gateway.errors import UpstreamConnectionError
 from gateway.providers.base import UpstreamRequest
 
 # What an upstream may send before anybody reads it.
-BUFFERED_BYTES_MAX = 256 * 1024
-IDLE_PER_HOST_MAX = 256
+BUFFERED_BYTES_MAX: Final = 256 * 1024
+IDLE_PER_HOST_MAX: Final = 256
 IDLE_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
 TICK_S = 0.25
-RESPONSE_HEADER_BYTES_MAX = 64 * 1024
+RESPONSE_HEADER_BYTES_MAX: Final = 64 * 1024
 
 
 class Origin:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from typing import Final
 
 # The variant's digit of a UUID (binary 10xx), by the random digit whose lower half it keeps.
-_VARIANTS = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
+_VARIANTS: Final = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 
 
 def build_call_id(occurred_at_us: int, randomness: bytes) -> str:

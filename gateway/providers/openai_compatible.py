@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -28,7 +28,7 @@ from gateway.providers.transcript import Transcript, parse_json, repair_json
 from gateway.providers.upstream_errors import build_invalid_answer, classify_answer, classify_body
 from gateway.token_usage import get_choices_count, read_openai_usage
 
-_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _TRUE = msgspec.Raw(b"true")
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -95,7 +95,7 @@ def normalize_frame(frame: bytes, data: bytes | None) -> bytes:
     return b"\n".join(comments) + b"\n\n" if comments else b""
 
 
-_decode_running_count = msgspec.json.Decoder(RunningCount).decode
+_decode_running_count: Final = msgspec.json.Decoder(RunningCount).decode
 
 
 class OpenAIStreamMeter:

@@ -7,7 +7,7 @@ PENDING_BYTES_MAX of them have gathered are they turned into text: a frame is ab
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -198,7 +198,7 @@ class Transcript:
             self._text_since_mark = was_since_mark
 
 
-_skip_json = msgspec.json.Decoder(msgspec.Raw).decode
+_skip_json: Final = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def repair_json(data: bytes) -> bytes:
