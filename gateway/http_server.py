@@ -285,8 +285,8 @@ class HttpConnection(asyncio.Protocol):
         """Have `data` parsed; return what is to be parsed anew."""
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as error:
-            return self._ignore_upgrade(data[error.args[0] :])
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             if not self._is_deaf:
                 self._refuse(_read_cause(error))

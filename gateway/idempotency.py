@@ -146,9 +146,9 @@ class Idempotency:
             # The reply may have been lost: the key is freed as soon as Redis is back.
             claim.value, claim.is_final = b"", True
             raise _build_unavailable() from error
-        except RedisReplyError as error:
+        except RedisReplyError as refusal:
             del self._claims[claim.call_id]
-            raise _build_unavailable() from error
+            raise _build_unavailable() from refusal
         if reply is None:
             return None
         del self._claims[claim.call_id]

@@ -138,9 +138,9 @@ class Receipts:
             if status != 200:
                 raise ValueError(f"status {status}")
             receipt = _receipt_decoder.decode(body)
-        except ValueError as error:
-            log.error("the web process did not give a receipt: %s", error)
-            raise _build_unavailable() from error
+        except ValueError as unreadable:
+            log.error("the web process did not give a receipt: %s", unreadable)
+            raise _build_unavailable() from unreadable
         return _add_estimate(receipt, caller, catalog)
 
     async def _fetch(self, path: str, authorization: bytes) -> tuple[int, bytes]:

@@ -232,9 +232,9 @@ class Relay:
             # First of all: what a provider says of a URL that cannot be read may show a part of it.
             origin = parts.pool.find_origin(upstream.base_url)
             request = provider.build_request(call.request, upstream, credential)
-        except ProviderError as error:
-            failure = UpstreamFailure(400, error.code, "invalid_request_error", str(error), is_retryable=True)
-            raise AttemptFailedError(error.code, failure) from error
+        except ProviderError as refusal:
+            failure = UpstreamFailure(400, refusal.code, "invalid_request_error", str(refusal), is_retryable=True)
+            raise AttemptFailedError(refusal.code, failure) from refusal
         except ValueError as error:
             log.error("upstream %d: %s", upstream.upstream_id, error)
             raise build_misconfigured() from error
@@ -249,9 +249,9 @@ class Relay:
                 connection.send(request, timeout_s=upstream.timeout_ms / 1000)
                 await connection.read_head()
                 return connection
-            except UpstreamConnectionError as error:
-                if is_fresh or not error.was_reused or self._is_gone:
-                    raise build_connection_failure(error) from error
+            except UpstreamConnectionError as loss:
+                if is_fresh or not loss.was_reused or self._is_gone:
+                    raise build_connection_failure(loss) from loss
                 self._add_attempt(upstream, "upstream_stale_connection")
         raise AssertionError("unreachable")
 
