@@ -5,6 +5,8 @@ INSTALLED := .venv/.installed
 LOCKS := deploy/requirements-dev.txt deploy/requirements-nodeps.txt
 # Processes that run the tests.
 JOBS ?= 2
+PYTEST := $(PYTHON_IN_VENV) -m pytest
+GATEWAY_TESTS := tests/gateway tests/end_to_end tests/deploy/test_compile_gateway.py
 MYPY_PATHS := gateway deploy/embedded $(wildcard */core)
 
 .DEFAULT_GOAL := help
@@ -25,13 +27,15 @@ compile: $(INSTALLED)  ## Compile the gateway: less processor time for each call
 demo: $(INSTALLED)  ## Run the whole system on embedded servers with real traffic, until Ctrl-C (ONCE=1: end by itself)
 	$(PYTHON_IN_VENV) manage.py demo $(if $(ONCE),--once)
 
-test: lint  ## Run all checks and all tests (JOBS=2 processes)
-	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) -m "not serial"
-	$(PYTHON_IN_VENV) -m pytest -m serial
+test: lint compile  ## Run all checks and all tests, those of the gateway compiled as well (JOBS=2 processes)
+	$(PYTEST) -n $(JOBS) -m "not serial"
+	$(PYTEST) -m serial
+	@$(MAKE) --no-print-directory test-compiled
 
+test-compiled: export TOLLBOOK_GATEWAY_COMPILED_DIR = $(CURDIR)/.venv/compiled
 test-compiled: compile  ## Run the tests of the gateway on the compiled one
-	$(PYTHON_IN_VENV) -m pytest -n $(JOBS) -m "not serial" tests/gateway tests/deploy
-	$(PYTHON_IN_VENV) -m pytest -m serial tests/gateway
+	$(PYTEST) -n $(JOBS) -m "not serial and not sources" $(GATEWAY_TESTS)
+	$(PYTEST) -m "serial and not sources" $(GATEWAY_TESTS)
 
 lint: $(INSTALLED)  ## Check format, style, types and import arrows
 	$(PYTHON_IN_VENV) -m ruff check .

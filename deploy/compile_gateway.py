@@ -2,8 +2,8 @@
 
 mypyc compiles the annotated modules as they are: a compiled gateway does the same with less processor time. It lies in
 .venv/compiled, beside the sources it was made of and never among those of the repository. What starts a gateway here
-(`make demo`, the tests, the benchmark) takes it while it is made of the sources that are there now; in production
-TOLLBOOK_GATEWAY_COMPILED_DIR names it. `deploy/decisions/0019-compiled-gateway.md` says why and what it brings.
+(`make demo`, the benchmark) takes it while it is made of the sources that are there now; in production, and for the
+tests, TOLLBOOK_GATEWAY_COMPILED_DIR names it. `deploy/decisions/0019-compiled-gateway.md` says why and what it brings.
 """
 
 from __future__ import annotations
@@ -68,10 +68,14 @@ def list_compiled_modules(package: Path) -> list[Path]:
     ]
 
 
-def can_compile() -> bool:
-    """Whether there is a C compiler, and what it needs of Python."""
-    has_compiler = shutil.which("gcc") is not None or shutil.which("cc") is not None
-    return has_compiler and Path(sysconfig.get_path("include"), "Python.h").is_file()
+def list_missing() -> list[str]:
+    """Return what is missing to compile, with what of Debian's to install."""
+    missing = []
+    if shutil.which("gcc") is None and shutil.which("cc") is None:
+        missing.append("there is no C compiler (apt-get install gcc libc6-dev)")
+    if not (header := Path(sysconfig.get_path("include"), "Python.h")).is_file():
+        missing.append(f"there is no {header} (apt-get install python3-dev, where Python is Debian's)")
+    return missing
 
 
 def compile_gateway() -> None:
@@ -93,16 +97,14 @@ def compile_gateway() -> None:
         folder.rename(COMPILED)
 
 
-def main() -> None:
-    """Compile unless it is done already. Where there is no C compiler the gateway runs from its sources, as ever."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Compile unless it is done already; exits with what to install where it cannot be done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
     if find_compiled() is not None:
         return
-    if not can_compile():
-        sys.stderr.write(
-            "The gateway is not compiled and runs from its sources: there is no C compiler, or Python.h is missing.\n"
-        )
-        return
+    if missing := list_missing():
+        sys.exit(f"The gateway cannot be compiled: {', and '.join(missing)}. Not compiled, it runs from its sources.")
     sys.stderr.write("Compiling the gateway, which takes two minutes ...\n")
     compile_gateway()
 

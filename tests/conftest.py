@@ -9,6 +9,7 @@ imported, before any other file of the tests; the servers themselves start with 
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,16 @@ import psycopg
 import pytest
 import redis as redis_py
 
+from deploy.compile_gateway import find_compiled
 from deploy.embedded import EmbeddedPostgres, EmbeddedRedis
 from deploy.embedded.postgres import OWNER_ROLE
 from deploy.embedded.server import choose_free_port
 
+# The gateways of the tests run their sources, unless this names what `make compile` has made of these; so do the tests
+# that call the gateway's functions themselves.
+COMPILED_DIR = os.environ.setdefault("TOLLBOOK_GATEWAY_COMPILED_DIR", "")
+if COMPILED_DIR:
+    sys.path.insert(0, COMPILED_DIR)
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 # Nothing of a test survives a crash of the host, so nothing is synced; a killed process still
 # loses nothing, for what it wrote is in the kernel's hands.
@@ -81,6 +88,12 @@ def make_reachable_folder() -> Path:
     return folder
 
 
+def build_clean_environ() -> dict[str, str]:
+    """The environment for a whole system of the test's own: no setting of ours, but the code that is tested."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TOLLBOOK_")}
+    return environ | {"TOLLBOOK_GATEWAY_COMPILED_DIR": COMPILED_DIR}
+
+
 def _refuse_redis_in_use(url: str) -> None:
     with redis_py.Redis.from_url(url) as client:
         if client.dbsize():
@@ -108,6 +121,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Start the servers; before pytest-xdist starts its processes, which use them."""
     if session.config.getoption("collectonly"):
         return
+    if COMPILED_DIR and find_compiled() != Path(COMPILED_DIR):
+        pytest.exit("TOLLBOOK_GATEWAY_COMPILED_DIR is not made of these sources: `make compile`", returncode=2)
     is_xdist_controller = bool(session.config.getoption("numprocesses", default=None)) and not WORKER
     servers.start(with_redis=not is_xdist_controller)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.compile_gateway import ROOT, compute_digest, find_compiled, list_compiled_modules
+from deploy import compile_gateway
+from deploy.compile_gateway import ROOT, compute_digest, list_compiled_modules
 from deploy.embedded import EmbeddedRedis
+from tests.conftest import COMPILED_DIR
 from tests.fakes.gateway_stack import build_gateway
 
 PACKAGE = ROOT / "gateway"
@@ -113,10 +115,20 @@ def test_no_compiled_code_names_exceptions_of_several_types_alike() -> None:
     assert found == []
 
 
-@pytest.mark.skipif(find_compiled() is None, reason="not compiled: make test-compiled")
-def test_the_workers_of_a_gateway_run_the_compiled_code(tmp_path: Path) -> None:
+def test_whoever_cannot_compile_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_gateway, "COMPILED", tmp_path / "compiled")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"no C compiler \(apt-get install gcc libc6-dev\)"):
+        compile_gateway.main([])
+
+
+def test_the_workers_of_a_gateway_run_the_code_that_was_chosen(tmp_path: Path) -> None:
+    variants: tuple[tuple[dict[str, str], bool], ...] = (
+        ({}, bool(COMPILED_DIR)),
+        ({"GATEWAY_COMPILED_DIR": ""}, False),
+    )
     with EmbeddedRedis(tmp_path) as redis_server:
-        for variables, is_compiled in ({}, True), ({"GATEWAY_COMPILED_DIR": ""}, False):
+        for variables, is_compiled in variants:
             gateway = build_gateway(tmp_path, redis_server.url(), **variables)
             gateway.start()
             try:

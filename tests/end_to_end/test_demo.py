@@ -1,7 +1,6 @@
 """`manage.py demo --once`, whole: real processes, real traffic, and an independent recomputation of its month."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import psycopg
 import pytest
 
 from deploy.embedded.postgres import EmbeddedPostgres
-from tests.conftest import make_reachable_folder
+from tests.conftest import build_clean_environ, make_reachable_folder
 from tests.end_to_end.oracle import recompute_month
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.serial, pytest.mark.timeout(400)]
 
 
 def run_demo(folder: Path) -> dict:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("TOLLBOOK_")}
+    environ = build_clean_environ()
     argv = [sys.executable, "manage.py", "demo", "--once", "--data", str(folder)]
     result = subprocess.run(argv, cwd=PROJECT, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -20,7 +20,7 @@ import pytest
 
 from deploy.embedded.postgres import EmbeddedPostgres
 from deploy.embedded.runtime import Runtime, read_runtime
-from tests.conftest import make_reachable_folder
+from tests.conftest import build_clean_environ, make_reachable_folder
 
 PROJECT = Path(__file__).resolve().parents[2]
 CLIENTS = 8
@@ -33,8 +33,7 @@ pytestmark = [pytest.mark.serial, pytest.mark.timeout(300)]
 
 
 def clean_environ(folder: Path) -> dict[str, str]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("TOLLBOOK_")}
-    return environ | {"TOLLBOOK_DATA_DIR": str(folder), "TOLLBOOK_GATEWAY_LEASE_S": str(LEASE_S)}
+    return build_clean_environ() | {"TOLLBOOK_DATA_DIR": str(folder), "TOLLBOOK_GATEWAY_LEASE_S": str(LEASE_S)}
 
 
 def manage(folder: Path, *arguments: str) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import redis
 
-from deploy.compile_gateway import find_compiled
 from deploy.embedded.server import choose_free_port
 from gateway.contract.api_key import build_api_key, compute_key_hash
 from gateway.contract.catalog_snapshot import (
@@ -236,8 +235,6 @@ def build_gateway(folder: Path, redis_url: str, *, workers: int = 1, **environ: 
         "GATEWAY_PORT": str(port),
         "GATEWAY_WORKERS": str(workers),
         "GATEWAY_AUDIT_PERMILLE": "0",
-        # The compiled gateway, where `make compile` has made it of these sources (`make test-compiled`).
-        "GATEWAY_COMPILED_DIR": str(find_compiled() or ""),
         "METRICS_TOKEN": METRICS_TOKEN,
         **environ,
     }

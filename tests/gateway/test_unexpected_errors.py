@@ -15,6 +15,8 @@ from gateway.exchange import Exchange
 from gateway.idempotency import RecordingExchange
 from gateway.settings import Settings
 
+pytestmark = pytest.mark.sources
+
 
 class FakeConnection:
     """What an exchange writes to."""

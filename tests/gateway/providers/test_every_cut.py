@@ -49,6 +49,7 @@ def test_each_kind_has_a_recording() -> None:
     assert {get_kind(name) for name in RECORDINGS} == set(list_provider_kinds())
 
 
+@pytest.mark.sources  # a call of which only the request is known
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_a_stream_cut_at_any_byte_is_a_prefix_and_is_billed_what_was_said(name: str) -> None:
     kind, recording = get_kind(name), RECORDINGS[name]
