@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 FRAME_BYTES_MAX = 8 * 1024 * 1024
 DONE_FRAME = b"data: [DONE]\n\n"
@@ -20,7 +21,7 @@ _FRAME_END = re.compile(rb"\n\r?\n")
 class FrameTooLargeError(ValueError):
     """A frame did not end within FRAME_BYTES_MAX."""
 
-    code = "sse_frame_too_large"
+    code: ClassVar[str] = "sse_frame_too_large"
 
 
 @dataclass(frozen=True, slots=True)

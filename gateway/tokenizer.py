@@ -20,7 +20,7 @@ import hashlib
 import importlib.metadata
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 
@@ -71,25 +71,25 @@ class TokenizerError(Exception):
     └── TokenizerUnavailableError    the process that counts is not there, or it ended over the text
     """
 
-    code = "tokenizer_error"
+    code: ClassVar[str] = "tokenizer_error"
 
 
 class RanksNotFoundError(TokenizerError):
     """The ranks file is missing or altered."""
 
-    code = "ranks_not_found"
+    code: ClassVar[str] = "ranks_not_found"
 
 
 class TokenizerBusyError(TokenizerError):
     """As many counts, or bytes of them, are waiting as may."""
 
-    code = "tokenizer_busy"
+    code: ClassVar[str] = "tokenizer_busy"
 
 
 class TokenizerUnavailableError(TokenizerError):
     """The process that counts does not start, or it ended twice while this was unanswered."""
 
-    code = "tokenizer_unavailable"
+    code: ClassVar[str] = "tokenizer_unavailable"
 
 
 def count_tokens(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 from urllib.parse import quote, unquote, urlsplit
 
 CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
@@ -12,7 +13,7 @@ PORT_DEFAULT = 6379
 class RedisUrlError(ValueError):
     """The text is no URL of a cluster."""
 
-    code = "redis_url_invalid"
+    code: ClassVar[str] = "redis_url_invalid"
 
 
 @dataclass(frozen=True, slots=True)

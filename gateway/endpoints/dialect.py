@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from gateway.errors import GatewayError
 from gateway.providers.base import ReportedUsage
@@ -18,7 +18,7 @@ from gateway.providers.base import ReportedUsage
 class AnswerNotTranslatableError(ValueError):
     """A streamed answer is beyond its bound, or in an order that no event of the dialect can say."""
 
-    code = "upstream_invalid_response"
+    code: ClassVar[str] = "upstream_invalid_response"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

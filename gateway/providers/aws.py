@@ -12,6 +12,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import ClassVar
 from urllib.parse import quote, urlsplit
 
 MESSAGE_BYTES_MAX = 24 * 1024 * 1024 + 128 * 1024
@@ -23,7 +24,7 @@ _FIXED_SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
 class BrokenEventStreamError(ValueError):
     """The bytes are not an AWS event stream, or a checksum does not match."""
 
-    code = "aws_event_stream_broken"
+    code: ClassVar[str] = "aws_event_stream_broken"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from gateway.contract.catalog_snapshot import UpstreamRecord
 from gateway.contract.token_kind import UsageSource
@@ -24,19 +24,19 @@ class ProviderError(Exception):
     └── UnsupportedCallError        this kind cannot serve this call: another upstream may
     """
 
-    code = "provider_error"
+    code: ClassVar[str] = "provider_error"
 
 
 class UnknownProviderKindError(ProviderError):
     """No provider module has this kind."""
 
-    code = "unknown_provider_kind"
+    code: ClassVar[str] = "unknown_provider_kind"
 
 
 class UnsupportedCallError(ProviderError):
     """The provider has no such endpoint or cannot express the request (HTTP 400 for the tenant)."""
 
-    code = "unsupported_call"
+    code: ClassVar[str] = "unsupported_call"
 
 
 class CallRequest:

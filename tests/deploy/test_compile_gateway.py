@@ -115,6 +115,19 @@ def test_no_compiled_code_names_exceptions_of_several_types_alike() -> None:
     assert found == []
 
 
+def test_what_a_compiled_class_of_errors_has_is_a_class_variable() -> None:
+    # Without ClassVar an error that is caught does not have it.
+    found = [
+        f"{path.relative_to(ROOT)}:{part.lineno}"
+        for path in list_compiled_modules(PACKAGE)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and node.bases
+        for part in node.body
+        if isinstance(part, ast.Assign | ast.AnnAssign) and "ClassVar" not in ast.unparse(part)
+    ]
+    assert found == []
+
+
 def test_whoever_cannot_compile_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_gateway, "COMPILED", tmp_path / "compiled")
     monkeypatch.setenv("PATH", str(tmp_path))
