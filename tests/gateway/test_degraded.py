@@ -168,19 +168,21 @@ def test_without_redis_prepaid_and_budgeted_tenants_get_503(down_stack: CrashSta
 def test_a_spool_that_is_too_old_takes_no_more(server_folder: Path) -> None:
     stack = CrashStack(server_folder)
     stack.start(workers=1, GATEWAY_SPOOL_AGE_MAX_S="1")
-    stack.server.kill()
-    assert send(stack)[0].status == 200
-    assert stack.gateway.fetch("/readyz")[0] == 200
-    time.sleep(1.1)
-    (answer,) = send(stack)
-    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "metering_unavailable")
-    assert stack.gateway.fetch("/readyz")[0] == 503
-    stack.server.start()
-    wait_until_ready(stack)
-    assert send(stack)[0].status == 200
-    stack.wait_until_quiet()
-    check_books(stack, 2)
-    stack.stop()
+    try:
+        stack.server.kill()
+        assert send(stack)[0].status == 200
+        assert stack.gateway.fetch("/readyz")[0] == 200
+        time.sleep(1.1)
+        (answer,) = send(stack)
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "metering_unavailable")
+        assert stack.gateway.fetch("/readyz")[0] == 503
+        stack.server.start()
+        wait_until_ready(stack)
+        assert send(stack)[0].status == 200
+        stack.wait_until_quiet()
+        check_books(stack, 2)
+    finally:
+        stack.stop()
 
 
 def test_calls_that_run_while_redis_restarts_are_recorded_once(down_stack: CrashStack) -> None:

@@ -71,7 +71,7 @@ def test_random_deaths_of_consumers_and_servers(
 ) -> None:
     postgres, server = servers
     options = SoakOptions(
-        events=3_000, consumers=3, consumer_kill_every_s=1.5, feeding_s_min=12, victims_permille=30, seed=7
+        events=3_000, consumers=3, consumer_kill_every_s=1.5, feeding_s_min=12, victims_permille=100, seed=7
     )
     report = run_soak(options, postgres, server, tmp_path)
     assert report.differences == []
