@@ -32,8 +32,9 @@ _CHOICE_NAMES: Final = ("n", "best_of")
 # Members with several prompts in them, each of which may fill the window.
 _PROMPT_NAMES: Final = {"completions": "prompt", "embeddings": "input"}
 # Content whose tokens are not more than its bytes; a link to an image may be a thousand tokens.
-_TEXT_TYPES: Final = frozenset(
-    ("text", "input_text", "output_text", "refusal", "thinking", "reasoning_text", "tool_use", "tool_result")
+_TEXT_TYPES: Final = (
+    *("text", "input_text", "output_text", "refusal"),
+    *("thinking", "reasoning_text", "tool_use", "tool_result"),
 )
 
 

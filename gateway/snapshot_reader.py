@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -89,8 +90,9 @@ class PartitionKeys:
         return f"rate:{self.tag}:t{tenant_id}", f"rate:{self.tag}:k{api_key_id}"
 
 
+@functools.lru_cache(PARTITION_COUNT_MAX)
 def build_partition_keys(partition: int) -> PartitionKeys:
-    """Return the key names of `partition`."""
+    """Return the key names of `partition`, the same object each time."""
     tag = get_partition_tag(partition)
     return PartitionKeys(
         partition=partition,

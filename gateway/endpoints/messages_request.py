@@ -204,7 +204,7 @@ def _read_tools(body: dict[str, Any], chat: dict[str, Any]) -> None:
             "type": "function",
             "function": {"name": read_text(choice.get("name"), "tool_choice.name")},
         }
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         chat["tool_choice"] = _CHOICES[kind]
     else:
         raise build_invalid("tool_choice.type", "must be auto, any, tool or none")

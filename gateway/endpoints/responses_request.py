@@ -97,7 +97,7 @@ def _read_input(items: Any) -> list[dict[str, Any]]:
 
 def _read_message(item: dict[str, Any], param: str) -> dict[str, Any]:
     role = item.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise build_invalid(f"{param}.role", "must be user, assistant, system or developer")
     return {"role": _ROLES[role], "content": _read_content(item.get("content"), f"{param}.content")}
 

@@ -195,6 +195,7 @@ def estimate(endpoint: str, body: dict[str, Any], *, limits: Limits | None = Non
         # A link of a few bytes may be an image of a thousand tokens.
         ("chat.completions", {"messages": [{"role": "user", "content": [{"image_url": "x"}]}]}, 8_192, 2_048),
         ("chat.completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 63 + 256, 2_048),
+        ("chat.completions", {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, 8_192, 2_048),
         ("completions", {"prompt": [1, 2, 3], "max_tokens": 5}, 38 + 256, 5),
         ("completions", {"prompt": ["a", "b"], "max_tokens": 5, "best_of": 2}, 53 + 256, 20),
         ("embeddings", {"input": "Hi"}, 15 + 256, 0),

@@ -145,6 +145,7 @@ def test_a_wanted_schema_becomes_a_response_format() -> None:
         ({"tools": [{"name": "f"}]}, "tools.0.input_schema"),
         ({"tools": [TOOL], "tool_choice": "auto"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "some"}}, "tool_choice.type"),
+        ({"tools": [TOOL], "tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
         ({"mcp_servers": []}, "mcp_servers"),

@@ -118,6 +118,7 @@ def test_items_become_turns() -> None:
         ({"input": None}, "input"),
         ({"input": []}, "input"),
         ({"input": [{"role": "critic", "content": "x"}]}, "input.0.role"),
+        ({"input": [{"role": ["user"], "content": "x"}]}, "input.0.role"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input.0.content.0"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "input.0.content.0"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
